@@ -1,0 +1,127 @@
+package index
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+)
+
+func TestEntryRefuses(t *testing.T) {
+	tests := []struct {
+		name  string
+		entry Entry
+	}{
+		{"no kind", Entry{Path: "a"}},
+		{"unknown kind", Entry{Path: "a", Kind: Opaque + 1}},
+		{"absolute", Entry{Path: "/a", Kind: Dir}},
+		{"dot", Entry{Path: "a/./b", Kind: Dir}},
+		{"dot dot", Entry{Path: "a/..", Kind: Dir}},
+		{"slash at the end", Entry{Path: "a/", Kind: Dir}},
+		{"zero byte", Entry{Path: "a\x00", Kind: Dir}},
+		{"long name", Entry{Path: strings.Repeat("n", 256), Kind: Dir}},
+		{"long path", Entry{Path: strings.Repeat("n/", 2048) + "n", Kind: Dir}},
+		{"root as a file", Entry{Kind: File}},
+		{"root hidden", Entry{Kind: Whiteout}},
+		{"mode", Entry{Path: "a", Kind: Dir, Mode: 0o10000}},
+		{"nanoseconds", Entry{Path: "a", Kind: Dir, Nsec: 1e9}},
+		{"content unaligned", Entry{Path: "a", Kind: File, Size: 1, Off: 1}},
+		{"content behind the end", Entry{Path: "a", Kind: File, Size: 1, Off: 1 << 20}},
+		{"content overflows", Entry{Path: "a", Kind: File, Size: 1<<63 - 1, Off: 4096}},
+		{"negative size", Entry{Path: "a", Kind: File, Size: -1}},
+		{"place of nothing", Entry{Path: "a", Kind: File, Off: 4096}},
+		{"content of a directory", Entry{Path: "a", Kind: Dir, Size: 1}},
+		{"target of a file", Entry{Path: "a", Kind: File, Link: "b"}},
+		{"no target", Entry{Path: "a", Kind: Symlink}},
+		{"long target", Entry{Path: "a", Kind: Symlink, Link: strings.Repeat("x", 4096)}},
+		{"hard link out", Entry{Path: "a", Kind: Hardlink, Link: "../b"}},
+		{"hard link to the root", Entry{Path: "a", Kind: Hardlink}},
+		{"device number", Entry{Path: "a", Kind: Char, Major: 4096}},
+		{"device number of a file", Entry{Path: "a", Kind: File, Minor: 1}},
+		{"attribute order", Entry{Path: "a", Kind: Dir, Xattrs: []Xattr{{"user.b", ""}, {"user.a", ""}}}},
+		{"attribute twice", Entry{Path: "a", Kind: Dir, Xattrs: []Xattr{{"user.b", ""}, {"user.b", ""}}}},
+		{"attribute name", Entry{Path: "a", Kind: Dir, Xattrs: []Xattr{{strings.Repeat("n", 256), ""}}}},
+		{"attribute value", Entry{Path: "a", Kind: Dir, Xattrs: []Xattr{{"user.a", strings.Repeat("v", 65537)}}}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if err := tt.entry.Validate(1 << 20); !errdefs.IsInvalidArgument(err) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+func TestLayerRefuses(t *testing.T) {
+	tests := []struct {
+		name  string
+		spoil func(*Layer)
+	}{
+		{"blob digest", func(l *Layer) { l.Blob = "sha256:12" }},
+		{"diff ID", func(l *Layer) { l.DiffID = "x" }},
+		{"blob size", func(l *Layer) { l.BlobSize = -1 }},
+		{"table", func(l *Layer) { l.Table.Size++ }},
+		{"entry", func(l *Layer) { l.Entries[3].Path = "/" }},
+		{"format", func(l *Layer) { l.Access.Format = 0 }},
+		{"checkpoints of a tar", func(l *Layer) { l.Access.Format = Tar }},
+		{"pieces of a gzip", func(l *Layer) { l.Access.Pieces = make([]Piece, 3) }},
+		{"extents of members", func(l *Layer) { l.Access.Format, l.Access.Checkpoints = Members, nil }},
+		{"too few pieces", func(l *Layer) { l.Access = Access{Format: Members} }},
+		{"piece out of the blob", func(l *Layer) {
+			l.Access = Access{Format: Members, Pieces: []Piece{{Len: 1}, {Len: 1}, {Off: 1000, Len: 1}}}
+		}},
+		{"extent order", func(l *Layer) { l.Access.Extents[1].Seg = 4096 }},
+		{"extent out of the segment", func(l *Layer) { l.Access.Extents[2].Len = l.Table.Size }},
+		{"extent out of the tar", func(l *Layer) { l.Access.Format, l.Access.Checkpoints = Tar, nil }},
+		{"empty extent", func(l *Layer) { l.Access.Extents[1].Len = 0 }},
+		{"checkpoint order", func(l *Layer) { l.Access.Checkpoints[1].Bit = 80 }},
+		{"checkpoint out of the blob", func(l *Layer) { l.Access.Checkpoints[2].Bit = 8001 }},
+		{"checkpoints backwards", func(l *Layer) { l.Access.Checkpoints[2].Out = 3 }},
+		{"window too long", func(l *Layer) { l.Access.Checkpoints[2].Window = make([]byte, MaxWindow+1) }},
+		{"window before the start", func(l *Layer) { l.Access.Checkpoints[0].Window = []byte("x") }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			l := sampleLayer()
+			tt.spoil(l)
+			if _, err := EncodeLayer(l); !errdefs.IsInvalidArgument(err) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+// What a hostile writer would put into the file is refused by the reader, too.
+func TestDecodeLayerChecks(t *testing.T) {
+	l := sampleLayer()
+	l.Blob = digest.Digest("sha512:" + strings.Repeat("a", 128))
+	if _, err := DecodeLayer(encodeLayer(t, l)); err != nil {
+		t.Errorf("sha512: %v", err)
+	}
+	p, err := newPacker()
+	if err != nil {
+		t.Fatal(err)
+	}
+	spoil := map[string]func(*Layer){
+		"entry":      func(l *Layer) { l.Entries[2].Path = "../x" },
+		"entry size": func(l *Layer) { l.Entries[2].Size = 1 << 40 },
+		"checkpoint": func(l *Layer) { l.Access.Checkpoints[2].Bit = 8001 },
+		"extent":     func(l *Layer) { l.Access.Extents[2].Len = l.Table.Size },
+		"format":     func(l *Layer) { l.Access.Format = 9 },
+	}
+	for name, f := range spoil {
+		l := sampleLayer()
+		f(l)
+		b := appendHeader(nil, magicLayer)
+		b = p.section(b, appendLayerMeta(nil, l))
+		b = p.section(b, EncodeTable(&l.Table))
+		b = p.section(b, appendEntries(nil, l.Entries))
+		b = p.section(b, appendExtents(nil, l.Access.Extents))
+		b = p.section(b, appendCheckpoints(nil, l.Access.Checkpoints))
+		b = p.section(b, appendPieces(nil, nil))
+		if _, err := DecodeLayer(b); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
