@@ -1,0 +1,50 @@
+package layer
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Descriptor names a blob: digest, size in bytes and media type.
+type Descriptor = ocispec.Descriptor
+
+// Blob is a layer's blob as it is stored in a registry.
+type Blob interface {
+	// Size is the blob's length in bytes.
+	Size() int64
+	// ReadRange reads n bytes from offset off on. The stream fails with
+	// io.ErrUnexpectedEOF when it has fewer.
+	ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, error)
+}
+
+// CheckMediaType tells whether Build can read layers of a media type. An empty
+// one is accepted: compression is found by looking at the blob.
+func CheckMediaType(mediaType string) error {
+	switch mediaType {
+	case "",
+		"application/vnd.oci.image.layer.v1.tar",
+		"application/vnd.oci.image.layer.v1.tar+gzip",
+		"application/vnd.oci.image.layer.nondistributable.v1.tar",
+		"application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+		"application/vnd.docker.image.rootfs.diff.tar",
+		"application/vnd.docker.image.rootfs.diff.tar.gzip",
+		"application/vnd.docker.image.rootfs.foreign.diff.tar",
+		"application/vnd.docker.image.rootfs.foreign.diff.tar.gzip":
+		return nil
+	case "application/vnd.oci.image.layer.v1.tar+zstd",
+		"application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+		"application/vnd.docker.image.rootfs.diff.tar.zstd":
+		return errZstd(mediaType)
+	}
+	return fmt.Errorf("layers of media type %q are not supported; push the image with tar or tar+gzip layers: %w",
+		mediaType, errdefs.ErrInvalidArgument)
+}
+
+func errZstd(what string) error {
+	return fmt.Errorf("%s is not supported yet: tar+zstd; push the image with gzip or eStargz layers: %w",
+		what, errdefs.ErrInvalidArgument)
+}

@@ -1,0 +1,188 @@
+package layer
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"hash"
+	"io"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
+	"github.com/tatami-containers/tatami/rootfs/layer/tarball"
+)
+
+// Options of Build. The zero value is the usual.
+type Options struct {
+	// Span is how many plain bytes lie between two checkpoints of a gzip
+	// blob: what a random read has to inflate at most before it gets to its
+	// bytes. Each checkpoint keeps a window of 32 KiB. 0 means 1 MiB, and up
+	// to 4 MiB for blobs above 512 MiB.
+	Span int64
+	// Progress, if set, is told how many bytes of the blob were read so far.
+	// It is called by another goroutine, but not after Build has returned.
+	Progress func(read int64)
+}
+
+// Spans for Options.Span.
+const (
+	minSpan = 1 << 20
+	maxSpan = 4 << 20
+	spans   = 512 // of a blob, by compressed size
+)
+
+func (o Options) span(size int64) int64 {
+	if o.Span > 0 {
+		return o.Span
+	}
+	return min(max(size/spans, minSpan), maxSpan)
+}
+
+// Build reads a whole blob from r, plain or gzipped tar, and writes the plain
+// bytes of its segment to seg, which may be a ZeroWriter. Nothing that was
+// written may be used before Build returns without an error: digest and size of
+// the blob are known only then. On error it may have to wait for a Read of r to
+// return.
+//
+// Errors: ErrInvalidArgument for a media type or a tar that is not supported or
+// not valid, ErrDataLoss for a blob that is not the one described or does not
+// inflate; those of r, seg and ctx as they are.
+func Build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opts Options) (*index.Layer, error) {
+	l, err := build(ctx, r, desc, seg, opts)
+	if err != nil {
+		return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
+	}
+	return l, nil
+}
+
+func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opts Options) (*index.Layer, error) {
+	if err := CheckMediaType(desc.MediaType); err != nil {
+		return nil, err
+	}
+	if err := desc.Digest.Validate(); err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var stages sync.WaitGroup
+	defer stages.Wait()
+	defer cancel()
+
+	// Three goroutines share the work: reading and hashing the blob, inflating
+	// (most of it), and here hashing and sorting out what comes out.
+	blob := &verified{ctx: ctx, r: r, desc: desc, verifier: desc.Digest.Verifier(), progress: opts.Progress}
+	packed := startAhead(ctx, &stages, blob)
+	head := make([]byte, 4)
+	n, err := io.ReadFull(packed, head)
+	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
+		return nil, err
+	}
+	whole := io.MultiReader(bytes.NewReader(head[:n]), packed)
+	b := builder{desc: desc, seg: newSegment(seg)}
+	switch {
+	case bytes.Equal(head[:n], []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		return nil, errZstd("the blob's compression")
+	case !gzip.IsGzip(head[:n]):
+		return b.scan(whole, index.Tar)
+	}
+	z := new(gzip.Pool).NewReader(whole)
+	z.Record(opts.span(desc.Size))
+	l, err := b.scan(startAhead(ctx, &stages, z), index.Gzip)
+	if err != nil {
+		return nil, err
+	}
+	stages.Wait()
+	l.Access.Checkpoints = z.Checkpoints()
+	return l, nil
+}
+
+// builder turns a tar stream into a layer.
+type builder struct {
+	desc Descriptor
+	seg  *segment
+}
+
+func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, error) {
+	l := &index.Layer{Blob: b.desc.Digest, BlobSize: b.desc.Size, Access: index.Access{Format: format}}
+	l.DiffID = b.desc.Digest
+	var sum hash.Hash
+	if format != index.Tar || b.desc.Digest.Algorithm() != digest.Canonical {
+		sum = digest.Canonical.Hash()
+		plain = &tee{plain, sum}
+	}
+	res, err := tarball.Scan(plain, b.seg)
+	if err != nil {
+		return nil, err
+	}
+	if err := b.seg.flush(); err != nil {
+		return nil, err
+	}
+	// Behind the end of the tar: padding, counted by both digests.
+	if _, err := io.Copy(io.Discard, plain); err != nil {
+		return nil, err
+	}
+	if sum != nil {
+		l.DiffID = digest.NewDigest(digest.Canonical, sum)
+	}
+	l.Entries, l.Table = res.Entries, b.seg.table
+	l.Access.Extents = res.Extents
+	return l, nil
+}
+
+// tee is io.TeeReader for a hash, which has no errors.
+type tee struct {
+	r   io.Reader
+	sum hash.Hash
+}
+
+func (t *tee) Read(p []byte) (int, error) {
+	n, err := t.r.Read(p)
+	t.sum.Write(p[:n])
+	return n, err
+}
+
+// verified reads a blob and ends with io.EOF only if it was the right one.
+type verified struct {
+	ctx      context.Context
+	r        io.Reader
+	desc     Descriptor
+	verifier digest.Verifier
+	read     int64
+	progress func(int64)
+}
+
+func (v *verified) Read(p []byte) (int, error) {
+	if v.ctx.Err() != nil {
+		return 0, context.Cause(v.ctx)
+	}
+	n, err := v.r.Read(p)
+	v.read += int64(n)
+	if v.read > v.desc.Size {
+		return 0, fmt.Errorf("blob is longer than the %d bytes that its descriptor says: %w", v.desc.Size, errdefs.ErrDataLoss)
+	}
+	if _, err := v.verifier.Write(p[:n]); err != nil {
+		return 0, err
+	}
+	if v.progress != nil && n > 0 {
+		v.progress(v.read)
+	}
+	if err == io.EOF {
+		err = v.check()
+	}
+	return n, err
+}
+
+// check compares the blob with its descriptor when it has ended.
+func (v *verified) check() error {
+	if v.read < v.desc.Size {
+		return fmt.Errorf("blob ends after %d of %d bytes: %w: %w",
+			v.read, v.desc.Size, io.ErrUnexpectedEOF, errdefs.ErrDataLoss)
+	}
+	if !v.verifier.Verified() {
+		return fmt.Errorf("blob has another digest than its descriptor says: %w", errdefs.ErrDataLoss)
+	}
+	return io.EOF
+}

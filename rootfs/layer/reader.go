@@ -1,0 +1,156 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
+)
+
+// maxGap is how many bytes that nobody asked for are read over, rather than
+// asking the blob for a second range.
+const maxGap = 256 << 10
+
+// Reader reads a layer's segment out of its blob. Any number of goroutines may
+// use it; streams that it opened have one user each.
+type Reader struct {
+	layer *index.Layer
+	blob  Blob
+	pool  gzip.Pool
+}
+
+// NewReader reads the segment of l from b. It keeps l, which must not change.
+func NewReader(l *index.Layer, b Blob) *Reader { return &Reader{layer: l, blob: b} }
+
+// Open reads n plain bytes of the segment from offset off on. The blob is asked
+// for what the range needs and no more, as it is read, under ctx. What no
+// extent or chunk covers is zeros. The stream has n bytes or an error; the
+// bytes are not verified. ErrInvalidArgument if the range leaves the segment.
+func (r *Reader) Open(ctx context.Context, off, n int64) (io.ReadCloser, error) {
+	size := r.layer.Table.Size
+	if off < 0 || n < 0 || off > size || n > size-off {
+		return nil, fmt.Errorf("layer %s: range %d+%d of a segment of %d bytes: %w",
+			r.layer.Blob, off, n, size, errdefs.ErrInvalidArgument)
+	}
+	s := &stream{layer: r.layer, pos: off, end: off + n, dataEnd: off}
+	switch r.layer.Access.Format {
+	case index.Tar, index.Gzip:
+		s.runs = newExtentRuns(ctx, r, off, off+n)
+	case index.Members:
+		if len(r.layer.Access.Pieces) != len(r.layer.Table.Chunks) {
+			return nil, r.invalid("pieces and chunks differ in number")
+		}
+		s.runs = newPieceRuns(ctx, r, off, off+n)
+	default:
+		return nil, r.invalid("unknown format")
+	}
+	return s, nil
+}
+
+func (r *Reader) invalid(what string) error {
+	return fmt.Errorf("index of layer %s: %s: %w", r.layer.Blob, what, errdefs.ErrDataLoss)
+}
+
+// run is a part of a segment that is stored in the blob.
+type run struct {
+	off, end int64     // in the segment
+	data     io.Reader // at least end-off bytes
+}
+
+// runs finds the data of a range.
+type runs interface {
+	// next returns the first run that ends behind off, cut to the range; false
+	// if only zeros follow. off never goes back.
+	next(off int64) (run, bool, error)
+	Close() error
+}
+
+// stream is a range of a segment: runs of data with zeros around them.
+type stream struct {
+	layer *index.Layer
+	runs  runs
+	run   run
+	err   error // sticky
+
+	pos, end int64 // what is left
+	data     int64 // where run begins, or end
+	dataEnd  int64 // and ends
+}
+
+// Read implements io.Reader.
+func (s *stream) Read(p []byte) (int, error) {
+	if s.err != nil {
+		return 0, s.err
+	}
+	if s.pos == s.end {
+		return 0, io.EOF
+	}
+	if s.pos == s.dataEnd {
+		if err := s.advance(); err != nil {
+			return 0, s.fail(err)
+		}
+	}
+	if s.pos < s.data {
+		k := min(int64(len(p)), s.data-s.pos)
+		clear(p[:k])
+		s.pos += k
+		return int(k), nil
+	}
+	n, err := s.run.data.Read(p[:min(int64(len(p)), s.dataEnd-s.pos)])
+	s.pos += int64(n)
+	if err == io.EOF && s.pos < s.dataEnd {
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil && err != io.EOF {
+		return n, s.fail(err)
+	}
+	return n, nil
+}
+
+// advance goes on to the next run.
+func (s *stream) advance() error {
+	r, ok, err := s.runs.next(s.pos)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		s.data, s.dataEnd = s.end, s.end
+		return nil
+	}
+	s.run, s.data, s.dataEnd = r, r.off, r.end
+	return nil
+}
+
+func (s *stream) fail(err error) error {
+	s.err = fmt.Errorf("layer %s: segment at %d: %w", s.layer.Blob, s.pos, err)
+	return s.err
+}
+
+// Close ends the requests that are still open.
+func (s *stream) Close() error {
+	if s.runs == nil {
+		return nil
+	}
+	err := s.runs.Close()
+	s.runs, s.err = nil, errors.New("read of a closed layer stream")
+	return err
+}
+
+// discard drops n bytes, which r must have.
+func discard(r io.Reader, n int64) error {
+	var err error
+	if z, ok := r.(*gzip.Reader); ok {
+		err = z.Discard(n)
+	} else {
+		_, err = io.CopyN(io.Discard, r, n)
+	}
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}

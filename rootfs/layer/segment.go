@@ -1,0 +1,117 @@
+package layer
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+)
+
+// ZeroWriter is what a segment's writer may implement to be spared from runs of
+// zeros: WriteZeros(n) means the same as writing n zero bytes. Runs can be
+// longer than any disk (sparse files).
+type ZeroWriter interface {
+	WriteZeros(n int64) error
+}
+
+// segment cuts what is written to it into units and passes them on. Units of
+// zeros get no chunk.
+type segment struct {
+	w     io.Writer
+	zeros ZeroWriter // nil if w is none
+	table index.Table
+
+	n          int // bytes in unit
+	unit, zero []byte
+}
+
+func newSegment(w io.Writer) *segment {
+	z, _ := w.(ZeroWriter)
+	return &segment{w: w, zeros: z, unit: make([]byte, index.UnitSize), zero: make([]byte, index.UnitSize)}
+}
+
+// ReadFrom implements tarball.Segment; bytes go from r straight into the unit.
+func (s *segment) ReadFrom(r io.Reader) (int64, error) {
+	total := int64(0)
+	for {
+		n, err := r.Read(s.unit[s.n:])
+		s.n += n
+		total += int64(n)
+		if flushErr := s.flushFull(); flushErr != nil {
+			return total, flushErr
+		}
+		if err == io.EOF {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+	}
+}
+
+// WriteZeros implements tarball.Segment.
+func (s *segment) WriteZeros(n int64) error {
+	for n > 0 {
+		if s.n == 0 && n >= index.UnitSize {
+			whole := n - n%index.UnitSize
+			if err := s.skip(whole); err != nil {
+				return err
+			}
+			n -= whole
+			continue
+		}
+		k := min(n, int64(len(s.unit)-s.n))
+		clear(s.unit[s.n : s.n+int(k)])
+		s.n += int(k)
+		n -= k
+		if err := s.flushFull(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *segment) flushFull() error {
+	if s.n < len(s.unit) {
+		return nil
+	}
+	return s.flush()
+}
+
+// flush ends the current unit, which is shorter than others if it is the last.
+func (s *segment) flush() error {
+	b := s.unit[:s.n]
+	s.n = 0
+	if bytes.Equal(b, s.zero[:len(b)]) {
+		return s.skip(int64(len(b)))
+	}
+	s.table.Chunks = append(s.table.Chunks, index.Chunk{
+		Off: s.table.Size, Len: int64(len(b)), Sum: sha256.Sum256(b),
+	})
+	s.table.Size += int64(len(b))
+	if _, err := s.w.Write(b); err != nil {
+		return fmt.Errorf("write segment: %w", err)
+	}
+	return nil
+}
+
+// skip passes on n zeros.
+func (s *segment) skip(n int64) error {
+	s.table.Size += n
+	if s.zeros != nil && n > 0 {
+		if err := s.zeros.WriteZeros(n); err != nil {
+			return fmt.Errorf("write segment: %w", err)
+		}
+		return nil
+	}
+	for n > 0 {
+		k := min(n, int64(len(s.zero)))
+		if _, err := s.w.Write(s.zero[:k]); err != nil {
+			return fmt.Errorf("write segment: %w", err)
+		}
+		n -= k
+	}
+	return nil
+}
