@@ -1,0 +1,130 @@
+package store
+
+import (
+	"bytes"
+	"slices"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+)
+
+func sampleBits() (bitmap, int) {
+	b := newBitmap(130)
+	for _, i := range []int{0, 1, 63, 64, 100, 129} {
+		b.set(i)
+	}
+	return b, 130
+}
+
+func TestBits(t *testing.T) {
+	b, n := sampleBits()
+	got, err := decodeBits(encodeBits(b, n), n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range n {
+		if got.has(i) != b.has(i) {
+			t.Errorf("bit %d is %v", i, got.has(i))
+		}
+	}
+	if b.set(64) || !b.set(65) {
+		t.Error("set does not tell whether it changed the bit")
+	}
+	if b.clear(65); b.has(65) || !b.has(64) {
+		t.Error("clear")
+	}
+	for _, other := range []int{0, 1, 129, 131, 200} {
+		if _, err := decodeBits(encodeBits(b, n), other); !errdefs.IsDataLoss(err) {
+			t.Errorf("bits of %d chunks taken for %d: %v", n, other, err)
+		}
+	}
+}
+
+func FuzzDecodeBits(f *testing.F) {
+	b, n := sampleBits()
+	good := encodeBits(b, n)
+	f.Add(good, n)
+	f.Add(good[:len(good)-1], n)
+	f.Add(encodeBits(newBitmap(0), 0), 0)
+	f.Add([]byte(bitsMagic), 1<<20)
+	f.Fuzz(func(t *testing.T, data []byte, n int) {
+		if n < 0 || n > 1<<20 {
+			return
+		}
+		b, err := decodeBits(data, n)
+		if err == nil && !bytes.Equal(encodeBits(b, n), data) {
+			t.Error("decoded and encoded again it differs")
+		}
+	})
+}
+
+func sampleRecord() record {
+	return record{
+		Version: recordVersion, Manifest: digest.FromString("m"), Bootstrap: digest.FromString("b"), BootSize: 2 * index.BlockSize,
+		Segments: []recordSegment{
+			{ID: digest.FromString("1"), Layer: digest.FromString("l1"), Size: index.BlockSize},
+			{ID: digest.FromString("2"), Layer: digest.FromString("l2"), Size: 5 * index.BlockSize},
+		},
+	}
+}
+
+func TestRecord(t *testing.T) {
+	r := sampleRecord()
+	data, err := encodeRecord(&r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := decodeRecord(data)
+	if err != nil || !got.equal(&r) || got.size() != 8*index.BlockSize {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if off, ok := got.offset(r.Segments[1].ID); off != 3*index.BlockSize || !ok {
+		t.Errorf("offset %d, %v", off, ok)
+	}
+	harm := map[string]func(r *record){
+		"version":         func(r *record) { r.Version = 2 },
+		"manifest":        func(r *record) { r.Manifest = "sha256:../../etc/passwd" },
+		"bootstrap":       func(r *record) { r.Bootstrap = "" },
+		"boot size":       func(r *record) { r.BootSize = -4096 },
+		"odd boot size":   func(r *record) { r.BootSize = 5 },
+		"segment size":    func(r *record) { r.Segments[0].Size = index.MaxSegment + 4096 },
+		"segment id":      func(r *record) { r.Segments[0].ID = "x" },
+		"segment layer":   func(r *record) { r.Segments[0].Layer = "x" },
+		"segment twice":   func(r *record) { r.Segments[1] = r.Segments[0] },
+		"segment without": func(r *record) { r.Segments[1].Size = 0 },
+	}
+	for name, f := range harm {
+		r := sampleRecord()
+		f(&r)
+		data, err := encodeRecord(&r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := decodeRecord(data); !errdefs.IsDataLoss(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func FuzzDecodeRecord(f *testing.F) {
+	r := sampleRecord()
+	data, err := encodeRecord(&r)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(data)
+	f.Add(data[:100])
+	f.Add([]byte(`{"version":1,"extra":2}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		r, err := decodeRecord(data)
+		if err != nil {
+			return
+		}
+		if r.size() < r.BootSize || slices.ContainsFunc(r.Segments, func(g recordSegment) bool { return g.Size <= 0 }) {
+			t.Errorf("accepted %+v", r)
+		}
+	})
+}

@@ -1,0 +1,68 @@
+// Package store is the read path: it asks sources for chunks, lets in only
+// verified ones, keeps them and wakes the readers that wait. Nothing enters it
+// except through [fetch.deliver], which has compared size and digest, and
+// through [Ingest], whose bytes the caller has just computed the digests from.
+// It never trusts a source, never answers with zeros for bytes that it does not
+// have, and never lets one reader's cancellation hurt another.
+//
+// # Chunk states
+//
+//	state     where it is seen              left by                  to
+//	absent    bit 0, no claim               a reader claims it       fetching
+//	fetching  bit 0, claim in the segment   verified and kept        present
+//	                                        verified, not kept       absent (bytes delivered)
+//	                                        no source could give it  absent (error delivered)
+//	present   bit 1                         Remove                   absent
+//
+// A chunk has at most one claim; whoever needs it meanwhile registers a
+// destination on the claim and gets the bytes copied there by the fetch. So
+// every byte is fetched once however many readers overlap, and a full disk
+// costs nothing but the keeping. Neighbouring absent chunks become one fetch,
+// an ordered run of chunks from one stream, whose chunks are verified and
+// delivered one by one as they arrive. A reader whose chunk lies further than
+// Config.Window ahead of where a fetch has got to does not wait for it: it
+// splits the fetch and continues with the far half on a stream of its own.
+//
+// # What is fetched
+//
+// A demand read that finds a chunk absent fetches a window: Config.Window bytes
+// that begin at most a quarter window before the chunk, so that the reader waits
+// for little before it and neighbours on both sides come along. Reads that
+// follow one another grow the window twofold up to Config.MaxWindow, and the
+// next window is fetched when the reader enters the one before
+// ([readahead]). Present chunks are never fetched again. Fill and Prefetch fetch
+// exactly what they are told to; Fill starts nothing while demand reads wait.
+//
+// # Keeping
+//
+// With Config.Keep a segment is one sparse file plus a bitmap file. Bits are set
+// in memory at once and reach the disk in this order: data, fdatasync, bitmap
+// (a new file, fsync, rename). So bits on disk are trusted at Open; after a
+// crash the chunks of the last seconds are simply absent.
+//
+// Without Keep, verified chunks that were fetched ahead of a reader stay in
+// memory, at most Config.Memory bytes together with the buffers of running
+// fetches, oldest dropped first, all dropped after a minute. A chunk that was
+// handed out completely is dropped: the kernel's page cache has it. It is
+// remembered as delivered, and windows leave it out, until it is asked for again,
+// which says that the page cache has lost it and probably its neighbours.
+//
+// # Files
+//
+//	lock                   flock, one process a directory
+//	tmp/                   what is being written; emptied at Open
+//	images/<hex>.json      image record; its rename makes the image exist
+//	images/<hex>.boot      bootstrap
+//	images/<hex>.erofs     the complete image as one file (Materialize)
+//	segments/<hex>.table   encoded chunk table, its digest is the name
+//	segments/<hex>.data    sparse plain bytes
+//	segments/<hex>.bits    which chunks of .data are there
+//	segments/<hex>.home    the bytes live in an image's .erofs instead
+//
+// # Locks
+//
+//	Store.mu (what is open, what is on disk; held over file operations, never by reads)
+//	  segment.flushMu (what is on disk of one segment; held over I/O)
+//	    segment.mu (claims, waiters, readahead; never held over I/O)
+//	      handle.mu, memory.mu (leaves)
+package store

@@ -1,0 +1,271 @@
+package store
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/containerd/errdefs"
+)
+
+// fetch brings a run of claimed chunks, [next, stop) of its segment, in order.
+// It runs under its handle's context, not under that of a reader.
+type fetch struct {
+	v       *view
+	by      *read // the read that started it, nil for background ones
+	largest int64 // chunk length in the run, bytes
+	ahead   int64 // bytes that count as readahead in flight
+
+	// next changes only in run's goroutine; others read both under segment.mu.
+	next, stop int
+}
+
+// maxBad is after how many chunks with wrong bytes from all sources a fetch
+// gives up the rest of its run.
+const maxBad = 4
+
+func (f *fetch) run() {
+	defer f.v.h.s.stats.fetches.Add(-1)
+	defer f.v.h.s.stats.ahead.Add(-f.ahead)
+	buf, err := f.v.h.s.mem.reserve(f.v.h.ctx, f.largest)
+	if err != nil {
+		f.abandon(f.v.h.errClosed())
+		return
+	}
+	defer f.v.h.s.mem.release(buf)
+	for bad := 1; f.more(); bad++ {
+		err := f.fromAny(*buf)
+		switch {
+		case err == nil:
+		case errdefs.IsDataLoss(err) && bad < maxBad:
+			f.fail(err) // the chunks behind it may be good
+		default:
+			f.abandon(err)
+		}
+	}
+}
+
+func (f *fetch) more() bool { return f.next < f.end() }
+
+func (f *fetch) end() int {
+	f.v.seg.mu.Lock()
+	defer f.v.seg.mu.Unlock()
+	return f.stop
+}
+
+// fromAny asks the sources in order for the rest of the run. On error, chunk
+// next is the one that none of them could give.
+func (f *fetch) fromAny(buf []byte) error {
+	for {
+		errs, stuck := f.round(buf)
+		if f.v.h.ctx.Err() != nil {
+			return f.v.h.errClosed()
+		}
+		if !stuck && len(errs) == 0 {
+			return nil
+		}
+		if stuck {
+			c := f.v.seg.table.Chunks[f.next]
+			return exhausted(fmt.Sprintf("chunk at %d of segment %s", c.Off, f.v.seg.id), errs)
+		}
+	}
+}
+
+// round asks each source once, until the run is done (no errors), all have
+// failed at the same chunk (stuck), or one got further than those before it:
+// these may have what it has not.
+func (f *fetch) round(buf []byte) (errs []error, stuck bool) {
+	for _, src := range inOrder(f.v.h.sources) {
+		before := f.next
+		err := f.from(src, buf)
+		if err == nil {
+			return nil, false
+		}
+		stuck := f.next == before || len(errs) == 0
+		errs = append(errs, fmt.Errorf("%s: %w", src.Name(), err))
+		if !stuck || f.v.h.ctx.Err() != nil {
+			return errs, false
+		}
+	}
+	return errs, true
+}
+
+// from asks one source, again as long as it gives chunks before it breaks off.
+func (f *fetch) from(src *source, buf []byte) error {
+	for {
+		before := f.next
+		err := f.stream(src, buf)
+		if f.v.h.ctx.Err() == nil {
+			src.note(err)
+		}
+		if err == nil || f.next == before || !errors.Is(err, io.ErrUnexpectedEOF) {
+			return err
+		}
+	}
+}
+
+var errStalled = fmt.Errorf("no byte arrived in time: %w", errdefs.ErrUnavailable)
+
+// stream makes one request for the rest of the run and delivers its chunks as
+// they arrive.
+func (f *fetch) stream(src *source, buf []byte) error {
+	ctx, cancel := context.WithCancelCause(f.v.h.ctx)
+	defer cancel(nil)
+	r := &watched{stall: f.v.h.s.cfg.Stall, stats: src.stats}
+	r.dog = time.AfterFunc(r.stall, func() { cancel(errStalled) })
+	defer r.dog.Stop()
+
+	chunks := f.v.seg.table.Chunks
+	at := chunks[f.next].Off
+	src.stats.requests.Add(1)
+	body, err := src.Fetch(ctx, f.v.desc, at, chunks[f.end()-1].End()-at)
+	if err != nil {
+		return causeOf(ctx, err)
+	}
+	defer func() { _ = body.Close() }() // all that counts was verified
+	r.body = body
+	for f.more() {
+		c := chunks[f.next]
+		if err := f.chunk(r, c.Off-at, buf[:c.Len]); err != nil {
+			return causeOf(ctx, err)
+		}
+		at = c.End()
+	}
+	return nil
+}
+
+// causeOf prefers why ctx was cancelled to how the source put it.
+func causeOf(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return err
+}
+
+// chunk reads chunk next from r, which stands gap bytes before it, verifies and
+// delivers it.
+func (f *fetch) chunk(r io.Reader, gap int64, b []byte) error {
+	if _, err := io.CopyN(io.Discard, r, gap); err != nil {
+		return noEOF(err)
+	}
+	if _, err := io.ReadFull(r, b); err != nil {
+		return noEOF(err)
+	}
+	c := f.v.seg.table.Chunks[f.next]
+	if got := sha256.Sum256(b); got != c.Sum {
+		f.v.h.s.stats.verifyFailures.Add(1)
+		return fmt.Errorf("chunk at %d has digest %x, want %x: %w", c.Off, got[:6], c.Sum[:6], errdefs.ErrDataLoss)
+	}
+	f.deliver(b)
+	return nil
+}
+
+func noEOF(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// watched counts a body's bytes and cancels the fetch when none comes in time.
+// Time that the store itself takes between two reads does not count.
+type watched struct {
+	body  io.Reader
+	dog   *time.Timer
+	stall time.Duration
+	stats *sourceCounters
+}
+
+func (w *watched) Read(p []byte) (int, error) {
+	w.dog.Reset(w.stall)
+	n, err := w.body.Read(p)
+	w.dog.Stop()
+	w.stats.bytes.Add(int64(n))
+	return n, err
+}
+
+// deliver is the one door into the store: it keeps the verified bytes b of chunk
+// next, copies them to everyone who waits and gives up the claim.
+func (f *fetch) deliver(b []byte) {
+	g, i := f.v.seg, f.next
+	kept, err := g.keep(i, b)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if kept {
+		g.setPresent(i)
+	}
+	given := int64(0)
+	for _, w := range g.takeClaim(i).waiters {
+		if w.kept && err != nil {
+			w.settle(err)
+			continue
+		}
+		if !w.r.gone {
+			given += int64(copy(w.dst, b[w.skip:]))
+		}
+		w.settle(nil)
+	}
+	f.next++
+	switch {
+	case kept:
+	case given < int64(len(b)):
+		g.s.mem.put(blockKey{g, i}, b, given)
+	case g.home.Load() == nil:
+		g.bits.set(i)
+	}
+}
+
+// fail gives the waiters of chunk next an error and goes on to the next one.
+func (f *fetch) fail(err error) {
+	g := f.v.seg
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	f.failNext(err)
+}
+
+// abandon fails all chunks that are left.
+func (f *fetch) abandon(err error) {
+	g := f.v.seg
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for f.next < f.stop {
+		f.failNext(err)
+	}
+}
+
+// failNext fails chunk next. Readers who joined the fetch try once themselves;
+// those through other handles have other sources. Precondition: segment.mu is
+// held.
+func (f *fetch) failNext(err error) {
+	for _, w := range f.v.seg.takeClaim(f.next).waiters {
+		if w.h != f.v.h || w.r != f.by && !w.r.final {
+			w.settle(errAgain)
+		} else {
+			w.settle(err)
+		}
+	}
+	f.next++
+}
+
+// takeClaim ends the claim of chunk i. Precondition: g.mu is held.
+func (g *segment) takeClaim(i int) *claim {
+	c := g.claims[i]
+	delete(g.claims, i)
+	return c
+}
+
+// split hands the chunks from i on to a fetch of its own, for a reader who would
+// otherwise wait too long. Precondition: segment.mu is held, f has claimed i and
+// is not at it yet.
+func (f *fetch) split(i int, v *view, by *read) *fetch {
+	far := &fetch{v: v, by: by, next: i, stop: f.stop}
+	for k := i; k < f.stop; k++ {
+		v.seg.claims[k].f = far
+		far.largest = max(far.largest, v.seg.table.Chunks[k].Len)
+	}
+	f.stop = i
+	return far
+}

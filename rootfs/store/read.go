@@ -1,0 +1,181 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+)
+
+// view is a segment as one handle reads it: with the handle's sources.
+type view struct {
+	h    *handle
+	seg  *segment
+	desc *index.Segment // for sources, immutable
+}
+
+// readAt fills p from offset off of the segment, which has all those bytes.
+// Hits take no lock and allocate nothing.
+func (v *view) readAt(ctx context.Context, p []byte, off int64) error {
+	g := v.seg
+	end := off + int64(len(p))
+	if !g.present(off, end) {
+		return v.readMissing(ctx, p, off)
+	}
+	if g.ahead.marked(off, end) {
+		v.readAhead(off, end)
+	}
+	c := &v.h.s.stats
+	c.hits.Add(1)
+	c.hitBytes.Add(int64(len(p)))
+	return g.pread(p, off)
+}
+
+// errAgain says that a fetch failed which the reader had only joined: it may have
+// begun long before, or have used the sources of another handle.
+var errAgain = errors.New("fetch of another reader failed")
+
+func (v *view) readMissing(ctx context.Context, p []byte, off int64) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	clear(p) // what no chunk covers is zeros
+	for again := false; ; again = true {
+		r, local, fetches := v.request(p, off, again)
+		v.h.start(fetches)
+		err := v.readLocal(p, off, local)
+		if err == nil {
+			err = v.await(ctx, r, int64(len(p)))
+		} else {
+			v.leave(r)
+		}
+		if !errors.Is(err, errAgain) {
+			return err
+		}
+	}
+}
+
+// request finds out for every chunk of [off, off+len(p)) where it comes from: it
+// is copied from memory, its number is returned in local because it is in the
+// segment's file, or r waits for it. The fetches are for the caller to start.
+// With again the read is not repeated because of a fetch of its own handle.
+func (v *view) request(p []byte, off int64, again bool) (r *read, local []int, fetches []*fetch) {
+	g, end := v.seg, off+int64(len(p))
+	r = &read{done: make(chan struct{}), final: again}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.ahead.marked(off, end) {
+		fetches = v.nextWindow(off, end)
+	}
+	from, to := g.span(off, end)
+	for i := from; i < to; i++ {
+		c := g.table.Chunks[i]
+		lo, hi := max(off, c.Off), min(end, c.End())
+		w := waiter{h: v.h, r: r, dst: p[lo-off : hi-off], skip: lo - c.Off}
+		if g.isPresent(i) {
+			local = append(local, i)
+			continue
+		}
+		if g.takeFromMemory(i, w) {
+			continue
+		}
+		if g.claims[i] == nil {
+			fetches = append(fetches, v.claimWindow(i, end, r)...)
+		} else if f := g.claims[i].f; f.by != r && g.distance(f.next, i) > v.h.s.cfg.Window {
+			fetches = append(fetches, f.split(i, v, r))
+		}
+		g.wait(i, w)
+	}
+	return r, local, fetches
+}
+
+// readLocal reads the parts of p that lie in the given present chunks.
+func (v *view) readLocal(p []byte, off int64, chunks []int) error {
+	for _, i := range chunks {
+		c := v.seg.table.Chunks[i]
+		lo, hi := max(off, c.Off), min(off+int64(len(p)), c.End())
+		if err := v.seg.pread(p[lo-off:hi-off], lo); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// read is one caller waiting for some chunks.
+type read struct {
+	done chan struct{} // closed when left is 0 or err is set
+	left int           // chunks to come; protected by segment.mu, as all below
+	err  error
+	gone bool // the caller has left: its buffer is not to be touched
+
+	final bool // a failed fetch of the same handle is final even when joined; immutable
+	waits bool // something has to come; set before the lock is left for the first time
+}
+
+// waiter is one chunk that a read waits for.
+type waiter struct {
+	h    *handle
+	r    *read
+	dst  []byte // where the chunk's bytes from skip on go; empty for Fill and Prefetch
+	skip int64
+	kept bool // the caller wants the chunk kept, not read
+}
+
+// wait registers w on the claim of chunk i. Precondition: g.mu is held and the
+// chunk is claimed.
+func (g *segment) wait(i int, w waiter) {
+	w.r.left++
+	w.r.waits = true
+	g.claims[i].waiters = append(g.claims[i].waiters, w)
+}
+
+// settle ends w's wait for one chunk. Precondition: g.mu is held.
+func (w *waiter) settle(err error) {
+	r := w.r
+	if r.err != nil || r.left == 0 {
+		return
+	}
+	r.left--
+	r.err = err
+	if err != nil || r.left == 0 {
+		close(r.done)
+	}
+}
+
+// await waits until r has all its chunks, a chunk failed, or ctx ends.
+func (v *view) await(ctx context.Context, r *read, n int64) error {
+	s := v.h.s
+	if !r.waits {
+		s.stats.hits.Add(1)
+		s.stats.hitBytes.Add(n)
+		return nil
+	}
+	s.demand.enter()
+	defer s.demand.leave()
+	began := time.Now()
+	defer func() {
+		s.stats.misses.Add(1)
+		s.stats.missBytes.Add(n)
+		s.stats.wait.Add(int64(time.Since(began)))
+	}()
+	return v.sleep(ctx, r)
+}
+
+func (v *view) sleep(ctx context.Context, r *read) error {
+	select {
+	case <-r.done:
+		v.leave(r)
+		return r.err
+	case <-ctx.Done():
+		v.leave(r)
+		return ctx.Err()
+	}
+}
+
+// leave makes sure that no fetch writes to r's buffer any more.
+func (v *view) leave(r *read) {
+	v.seg.mu.Lock()
+	r.gone = true
+	v.seg.mu.Unlock()
+}

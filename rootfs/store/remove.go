@@ -1,0 +1,202 @@
+package store
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+)
+
+// ImageInfo describes one image of the store.
+type ImageInfo struct {
+	Manifest     digest.Digest
+	Size         int64 // bytes
+	Open         bool
+	Materialized bool // a complete file exists
+}
+
+// Images lists the images that LoadImage would find, by manifest.
+func (s *Store) Images() []ImageInfo {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]ImageInfo, 0, len(s.records))
+	for m, r := range s.records {
+		_, err := os.Stat(s.dir.image(m, wholeFile))
+		out = append(out, ImageInfo{Manifest: m, Size: r.size(), Open: s.images[m] != nil, Materialized: err == nil})
+	}
+	slices.SortFunc(out, func(a, b ImageInfo) int { return cmp.Compare(a.Manifest, b.Manifest) })
+	return out
+}
+
+// Remove removes an image and the segments that no other image and no open
+// handle uses. It fails with ErrNotFound when the store does not have it, and
+// with ErrFailedPrecondition while it is open.
+func (s *Store) Remove(manifest digest.Digest) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r, ok := s.records[manifest]
+	switch {
+	case !ok:
+		return fmt.Errorf("remove image %s: %w", manifest, errdefs.ErrNotFound)
+	case s.images[manifest] != nil:
+		return fmt.Errorf("remove image %s: it is open; unmount it first: %w", manifest, errdefs.ErrFailedPrecondition)
+	}
+	if err := s.remove(&r, nil); err != nil {
+		return fmt.Errorf("remove image %s: %w", manifest, err)
+	}
+	return nil
+}
+
+// remove removes the image of r; the segments of next, which is about to take
+// its place, stay. The record goes first, so that a crash leaves no image with
+// parts missing, and bits go before the data that they speak of.
+// Precondition: mu is held and the image is not open.
+func (s *Store) remove(r, next *record) error {
+	used := s.used(r.Manifest)
+	if next != nil {
+		for _, g := range next.Segments {
+			used[g.ID] = true
+		}
+	}
+	for _, g := range r.Segments {
+		if used[g.ID] {
+			if err := s.moveOut(r, g.ID); err != nil {
+				return err
+			}
+		}
+	}
+	delete(s.records, r.Manifest)
+	err := remove(s.dir.image(r.Manifest, recordFile), s.dir.image(r.Manifest, bootFile), s.dir.image(r.Manifest, wholeFile))
+	for _, g := range r.Segments {
+		if !used[g.ID] {
+			err = errors.Join(err, s.removeSegment(g.ID))
+		}
+	}
+	return err
+}
+
+func (s *Store) removeSegment(id index.ID) error {
+	delete(s.ingested, id)
+	return remove(s.dir.segment(id, bitsFile), s.dir.segment(id, homeFile), s.dir.segment(id, dataFile), s.dir.segment(id, tableFile))
+}
+
+// used returns the segments that something other than the given image needs.
+func (s *Store) used(except digest.Digest) map[index.ID]bool {
+	out := map[index.ID]bool{}
+	for m, r := range s.records {
+		if m == except {
+			continue
+		}
+		for _, g := range r.Segments {
+			out[g.ID] = true
+		}
+	}
+	for id := range s.segments {
+		out[id] = true
+	}
+	return out
+}
+
+// GC removes the segments that no image and no open handle uses, except those
+// that this process has ingested and that may still become part of an image. It
+// returns how many bytes of disk their files took.
+func (s *Store) GC() (int64, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	found, err := stems(s.dir.segments())
+	if err != nil {
+		return 0, fmt.Errorf("collect unused segments: %w", err)
+	}
+	used := s.used("")
+	freed := int64(0)
+	for stem := range found {
+		id := digest.NewDigestFromEncoded(digest.SHA256, stem)
+		if used[id] || s.ingested[id] {
+			continue
+		}
+		n := diskUsage(s.dir.segment(id, dataFile))
+		if err := s.removeSegment(id); err != nil {
+			return freed, fmt.Errorf("collect unused segment %s: %w", id, err)
+		}
+		freed += n
+	}
+	return freed, nil
+}
+
+// moveOut gives a segment that lives in the file of the image of r, which is
+// about to go, a home in another image's file or a file of its own.
+// Precondition: mu is held.
+func (s *Store) moveOut(r *record, id index.ID) error {
+	t, err := s.loadTable(id)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errdefs.ErrDataLoss) {
+		return nil // nobody can open the segment; it will be fetched again
+	}
+	if err != nil {
+		return err
+	}
+	g, err := s.openSegment(id, t)
+	if err != nil {
+		return err
+	}
+	defer s.releaseSegment(g)
+	h := g.home.Load() // changes only under mu
+	if h == nil || h.own || !sameFile(h.file, s.dir.image(r.Manifest, wholeFile)) {
+		return nil
+	}
+	g.flushMu.Lock()
+	defer g.flushMu.Unlock()
+	for m := range s.records {
+		if m != r.Manifest && s.settleInImage(m, g) == nil {
+			return nil
+		}
+	}
+	f, err := os.CreateTemp(s.dir.temp(), "segment-")
+	if err != nil {
+		return err
+	}
+	if err = f.Truncate(t.Size); err == nil {
+		err = copyRange(f, 0, h.file, h.off, t.Size)
+	}
+	return g.settleIn(f, err)
+}
+
+// settleIn makes the complete file f, still in tmp, the segment's own file,
+// unless err says that it is no good. Precondition: Store.mu and flushMu are
+// held.
+func (g *segment) settleIn(f *os.File, err error) error {
+	dir, data := g.s.dir, g.s.dir.segment(g.id, dataFile)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err == nil { // bits of an older file do not speak of this one
+		err = remove(dir.segment(g.id, bitsFile))
+	}
+	if err = dir.place(f, data, err); err != nil {
+		return err
+	}
+	own, err := os.OpenFile(data, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	g.moveTo(&home{file: own, own: true})
+	if err := g.flushBits(); err != nil {
+		return err
+	}
+	return remove(dir.segment(g.id, homeFile))
+}
+
+func sameFile(f *os.File, name string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Stat(name)
+	return err == nil && os.SameFile(a, b)
+}

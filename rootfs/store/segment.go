@@ -1,0 +1,144 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+)
+
+// segment is the state of one open segment, shared by all who read it.
+type segment struct {
+	s     *Store
+	id    index.ID
+	table *index.Table // immutable
+	refs  int          // protected by Store.mu
+
+	// bits has one bit for each chunk. With a home: it is present there. Without:
+	// it has been handed out completely, see the package comment.
+	bits    bitmap
+	missing atomic.Int64         // bytes of the chunks that are not present
+	home    atomic.Pointer[home] // where present chunks are; nil without Keep
+	dirty   atomic.Bool          // bits were set since the last flush
+	flushMu sync.Mutex           // one flush, or one change of home, at a time
+
+	mu     sync.Mutex
+	claims map[int]*claim // chunks being fetched, protected by mu
+	ahead  readahead      // its marks are atomic, the rest protected by mu
+}
+
+// home is the file that has a segment's bytes.
+type home struct {
+	file *os.File
+	off  int64 // of the segment in the file
+	own  bool  // the file is the segment's own and has a bitmap beside it
+}
+
+func newSegment(s *Store, id index.ID, t *index.Table) *segment {
+	g := &segment{s: s, id: id, table: t, bits: newBitmap(len(t.Chunks)), claims: map[int]*claim{}}
+	for _, c := range t.Chunks {
+		g.missing.Add(c.Len)
+	}
+	return g
+}
+
+// span returns the numbers [from, to) of the chunks that touch [off, end).
+func (g *segment) span(off, end int64) (from, to int) {
+	from = g.table.Find(off)
+	to = from
+	for to < len(g.table.Chunks) && g.table.Chunks[to].Off < end {
+		to++
+	}
+	return from, to
+}
+
+// present says whether all chunks that touch [off, end) can be read from home.
+// It takes no lock.
+func (g *segment) present(off, end int64) bool {
+	if g.home.Load() == nil {
+		return false
+	}
+	chunks := g.table.Chunks
+	for i := g.table.Find(off); i < len(chunks) && chunks[i].Off < end; i++ {
+		if !g.bits.has(i) {
+			return false
+		}
+	}
+	return true
+}
+
+// pread reads from home. Precondition: what [off, off+len(p)) touches is
+// present. The home is loaded after the bits were, because a segment moves house
+// by changing first the home and then the bits.
+func (g *segment) pread(p []byte, off int64) error {
+	for {
+		h := g.home.Load()
+		n, err := h.file.ReadAt(p, h.off+off)
+		if n == len(p) {
+			return nil
+		}
+		if errors.Is(err, os.ErrClosed) {
+			if g.home.Load() != h {
+				continue // moved between the two lines
+			}
+			return fmt.Errorf("read kept segment %s: %w", g.id, err)
+		}
+		return fmt.Errorf("read kept segment %s at %d: %w", g.id, off, errors.Join(errdefs.ErrDataLoss, err))
+	}
+}
+
+// setPresent marks chunk i. Precondition: its bytes are in home.
+func (g *segment) setPresent(i int) {
+	if g.bits.set(i) {
+		g.missing.Add(-g.table.Chunks[i].Len)
+		g.dirty.Store(true)
+	}
+}
+
+// keep writes a verified chunk to the segment's home and reports whether it is
+// there. It is called without locks, by the one fetch that has claimed the chunk.
+func (g *segment) keep(i int, b []byte) (bool, error) {
+	h := g.home.Load()
+	if h == nil {
+		return false, nil
+	}
+	if g.bits.has(i) { // ingested meanwhile
+		return true, nil
+	}
+	if _, err := h.file.WriteAt(b, h.off+g.table.Chunks[i].Off); err != nil {
+		g.s.stats.keepFailures.Add(1)
+		g.s.stats.keepLogged.Do(func() {
+			g.s.log.Warn("chunks cannot be kept and will be fetched again; make room", "dir", g.s.cfg.Dir, "err", err)
+		})
+		return false, fmt.Errorf("keep chunk %d of segment %s: %w", i, g.id, errors.Join(errdefs.ErrResourceExhausted, err))
+	}
+	return true, nil
+}
+
+// moveTo makes h the home of the segment, which h has completely.
+// Precondition: flushMu is held.
+func (g *segment) moveTo(h *home) {
+	g.mu.Lock()
+	old := g.home.Swap(h)
+	for i := range g.table.Chunks {
+		g.setPresent(i)
+	}
+	g.mu.Unlock()
+	if old != nil {
+		_ = old.file.Close() // its bytes are in h; readers of the moment try again
+	}
+}
+
+// close releases the segment's file. Precondition: nobody reads it.
+func (g *segment) close() {
+	g.flush()
+	g.s.mem.forget(g)
+	if h := g.home.Load(); h != nil {
+		_ = h.file.Close() // flush has synced it or said that it could not
+	}
+}

@@ -1,0 +1,195 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+)
+
+// Config says where a store is and what it may use. Zero values mean the
+// defaults given.
+type Config struct {
+	Dir          string        // created when missing
+	Keep         bool          // keep chunks on disk; otherwise only Memory bytes of them
+	Window       int64         // bytes that a demand read fetches, default 1 MiB
+	MaxWindow    int64         // bytes up to which sequential reads grow it, default 8 MiB; never over a quarter of Memory without Keep
+	Memory       int64         // bound of chunk buffers in bytes, default 16 MiB (64 MiB with Keep)
+	Stall        time.Duration // how long a source may go without a byte, default 30 s
+	FillParallel int           // fetches that one Fill has in flight, default 4
+	Log          *slog.Logger  // default: none
+}
+
+// Store keeps the segments of one node or one guest. Its methods may be called
+// at the same time from any goroutine.
+type Store struct {
+	cfg    Config // with defaults, immutable
+	log    *slog.Logger
+	dir    layout
+	lock   *os.File
+	ctx    context.Context // ends at Close; the root of every fetch
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // housekeeping and flushes of ingested segments
+	mem    *memory
+	demand gate
+	stats  counters
+
+	// How Fill shares the link; tests change them before the first read.
+	fillQuiet    time.Duration // without demand before Fill continues
+	fillPatience time.Duration // after which Fill continues all the same
+
+	mu       sync.Mutex
+	closed   bool                     // protected by mu, as all below
+	records  map[digest.Digest]record // images on disk
+	images   map[digest.Digest]*image // open ones
+	segments map[index.ID]*segment    // open ones
+	handles  map[*handle]bool         // whoever reads them
+	ingested map[index.ID]bool        // by this process and not yet part of an image: GC leaves them
+}
+
+const (
+	housekeepEvery = 2 * time.Second // flush of bitmaps, age of memory
+	keepUnread     = time.Minute     // how long a chunk in memory waits for its reader
+)
+
+// Open opens the store in cfg.Dir and removes what an earlier process left half
+// done. It fails with ErrFailedPrecondition when another process has it open.
+func Open(cfg Config) (*Store, error) {
+	setDefaults(&cfg)
+	s := &Store{
+		cfg: cfg, log: cfg.Log, dir: layout(cfg.Dir), mem: newMemory(cfg.Memory),
+		records: map[digest.Digest]record{}, images: map[digest.Digest]*image{},
+		segments: map[index.ID]*segment{}, handles: map[*handle]bool{}, ingested: map[index.ID]bool{},
+		fillQuiet: 20 * time.Millisecond, fillPatience: time.Second,
+	}
+	if err := s.openDir(); err != nil {
+		return nil, fmt.Errorf("open store %s: %w", cfg.Dir, err)
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.wg.Go(s.housekeep)
+	return s, nil
+}
+
+func setDefaults(c *Config) {
+	if c.Window <= 0 {
+		c.Window = 1 << 20
+	}
+	if c.MaxWindow <= 0 {
+		c.MaxWindow = 8 << 20
+	}
+	if c.Memory <= 0 {
+		c.Memory = 16 << 20
+		if c.Keep {
+			c.Memory = 64 << 20
+		}
+	}
+	if !c.Keep { // two windows of a stream and a neighbour's must fit
+		c.MaxWindow = min(c.MaxWindow, c.Memory/4)
+	}
+	c.MaxWindow = max(c.MaxWindow, c.Window)
+	if c.Stall <= 0 {
+		c.Stall = 30 * time.Second
+	}
+	if c.FillParallel <= 0 {
+		c.FillParallel = 4
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+}
+
+func (s *Store) openDir() (err error) {
+	if err := s.dir.make(); err != nil {
+		return err
+	}
+	if s.lock, err = lockFile(filepath.Join(s.cfg.Dir, "lock")); err != nil {
+		return err
+	}
+	if err = s.dir.clearTemp(); err == nil {
+		err = s.loadRecords()
+	}
+	if err != nil {
+		_ = s.lock.Close() // the error that counts is err
+	}
+	return err
+}
+
+func lockFile(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = fmt.Errorf("another process has it open; stop that one or use another directory: %w", errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		_ = f.Close() // nothing was written
+		return nil, err
+	}
+	return f, nil
+}
+
+// housekeep makes kept chunks durable and forgets chunks nobody came for.
+func (s *Store) housekeep() {
+	tick := time.NewTicker(housekeepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case now := <-tick.C:
+			s.mem.expire(now.Add(-keepUnread))
+			s.flushAll()
+		}
+	}
+}
+
+// flushAll makes durable what the open segments have kept so far.
+func (s *Store) flushAll() {
+	s.mu.Lock()
+	var dirty []*segment
+	for _, g := range s.segments {
+		if g.dirty.Load() {
+			g.refs++
+			dirty = append(dirty, g)
+		}
+	}
+	s.mu.Unlock()
+	for _, g := range dirty {
+		g.flush()
+		s.release(g)
+	}
+}
+
+// Close ends all reads and fetches, makes what was kept durable and releases
+// the directory. Images that are still open are closed. It is idempotent.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	s.cancel()
+	open := slices.Collect(maps.Keys(s.handles))
+	s.mu.Unlock()
+	for _, h := range open {
+		h.close()
+	}
+	s.wg.Wait()
+	s.mem.drop()
+	return s.lock.Close()
+}
