@@ -1,0 +1,79 @@
+package registry
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+const (
+	dialTimeout = 10 * time.Second
+	tlsTimeout  = 10 * time.Second
+	// idlePerHost keeps the connections of a burst of parallel ranges: 16 of
+	// the store and the 4 of each of a few streams.
+	idlePerHost = 32
+	idleTimeout = 90 * time.Second
+)
+
+// Loopback tells whether host ("name", "name:port" or "[addr]:port") is this
+// machine. Such registries are spoken to in plain HTTP, as Docker does.
+func Loopback(host string) bool {
+	name := host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		name = h
+	}
+	if name == "localhost" {
+		return true
+	}
+	if n := len(name); n > 1 && name[0] == '[' && name[n-1] == ']' {
+		name = name[1 : n-1]
+	}
+	addr, err := netip.ParseAddr(name)
+	return err == nil && addr.Unmap().IsLoopback()
+}
+
+// PlainHTTPHosts returns a Config.PlainHTTP that is true for the listed hosts
+// ("host:port") and for Loopback.
+func PlainHTTPHosts(list []string) func(host string) bool {
+	list = slices.Clone(list)
+	return func(host string) bool { return Loopback(host) || slices.Contains(list, host) }
+}
+
+func newTransport(cfg Config) *http.Transport {
+	t := &http.Transport{
+		DialContext:           boundedDial(cfg.Dial),
+		ForceAttemptHTTP2:     true,
+		TLSHandshakeTimeout:   tlsTimeout,
+		ResponseHeaderTimeout: cfg.Stall,
+		MaxIdleConnsPerHost:   idlePerHost,
+		IdleConnTimeout:       idleTimeout,
+		// A compressed transfer has no ranges of the blob.
+		DisableCompression: true,
+		// A connection that lost its peer would hold up all its streams.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: cfg.Stall, PingTimeout: dialTimeout},
+	}
+	if cfg.Dial == nil {
+		t.Proxy = http.ProxyFromEnvironment
+	}
+	if cfg.TLS != nil {
+		t.TLSClientConfig = cfg.TLS.Clone()
+	}
+	return t
+}
+
+type dialFunc func(ctx context.Context, network, addr string) (net.Conn, error)
+
+// boundedDial gives a custom dial the time limit that a net.Dialer has.
+func boundedDial(dial dialFunc) dialFunc {
+	if dial == nil {
+		return (&net.Dialer{Timeout: dialTimeout, KeepAlive: 30 * time.Second}).DialContext
+	}
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+		defer cancel()
+		return dial(ctx, network, addr)
+	}
+}
