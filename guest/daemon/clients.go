@@ -1,0 +1,86 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/protocols/vsock"
+)
+
+// dial connects a ttrpc client.
+func dial(ctx context.Context, addr string) (*ttrpc.Client, error) {
+	conn, err := vsock.Dial(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	return ttrpc.NewClient(conn), nil
+}
+
+// hostClient asks the node, on a connection for each question: there is one
+// question for each container.
+type hostClient struct{ addr string }
+
+func (h hostClient) Describe(ctx context.Context, req *api.DescribeRequest) (*api.DescribeResponse, error) {
+	cl, err := dial(ctx, h.addr)
+	if err != nil {
+		return nil, err
+	}
+	defer cl.Close() //nolint:errcheck // the answer is what counts
+	resp, err := api.NewHostClient(cl).Describe(ctx, req)
+	return resp, lost(errgrpc.ToNative(err))
+}
+
+// workerClient mounts through the worker, also through one that dies while it
+// does: Mount may be repeated.
+type workerClient struct{ addr string }
+
+// Between two attempts, and how many there are: a request that kills every
+// worker must not do so for ever.
+const (
+	retryPause  = 100 * time.Millisecond
+	maxAttempts = 5
+)
+
+func (w workerClient) Mount(ctx context.Context, req *api.MountRequest) (*api.MountResponse, error) {
+	var resp *api.MountResponse
+	err := w.call(ctx, func(cl *ttrpc.Client) (err error) {
+		resp, err = api.NewGuestClient(cl).Mount(ctx, req)
+		return err
+	})
+	return resp, err
+}
+
+func (w workerClient) call(ctx context.Context, f func(*ttrpc.Client) error) error {
+	for attempt := 1; ; attempt++ {
+		cl, err := dial(ctx, w.addr)
+		if err == nil {
+			err = lost(f(cl))
+			_ = cl.Close() // the answer is what counts
+		}
+		if err == nil || attempt == maxAttempts || !errors.Is(err, errLost) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(retryPause):
+		}
+	}
+}
+
+// errLost says that the peer died during a call.
+var errLost = fmt.Errorf("connection lost: %w", errdefs.ErrUnavailable)
+
+func lost(err error) error {
+	if errors.Is(err, ttrpc.ErrClosed) {
+		return fmt.Errorf("%w: %w", errLost, err)
+	}
+	return err
+}

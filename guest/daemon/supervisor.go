@@ -1,0 +1,184 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/containerd/ttrpc"
+
+	"github.com/tatami-containers/tatami/guest/config"
+	"github.com/tatami-containers/tatami/guest/runner"
+	"github.com/tatami-containers/tatami/guest/service"
+	"github.com/tatami-containers/tatami/guest/unpack"
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/rootfs/mount"
+	"github.com/tatami-containers/tatami/rootfs/mount/session"
+)
+
+// How long containers, and calls under way, may take to end.
+const (
+	runnerGrace = 10 * time.Second
+	serverGrace = 3 * time.Second
+)
+
+// supervisor is the process that must not die.
+type supervisor struct {
+	cfg     *config.Config
+	log     *slog.Logger
+	sockets sockets
+	servers []*ttrpc.Server
+	serving sync.WaitGroup
+	runner  *runner.Runner // nil when it is off
+}
+
+// runSupervisor keeps a worker running until ctx ends, then undoes everything.
+func runSupervisor(ctx context.Context, cfg *config.Config, args []string, log *slog.Logger) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s := &supervisor{cfg: cfg, log: log}
+	defer s.close()
+	if err := s.prepare(); err != nil {
+		return err
+	}
+	self, err := program()
+	if err != nil {
+		return err
+	}
+	fuse, err := session.Open(session.Config{Dir: sessionDir(cfg), Log: log})
+	if err != nil {
+		return err
+	}
+	if err := s.listen(ctx, cancel); err != nil {
+		return errors.Join(err, fuse.Close())
+	}
+	log.Info("started", "version", version(), "listen", cfg.Listen)
+	working, endWork := context.WithCancel(context.WithoutCancel(ctx))
+	defer endWork()
+	// Containers end before the file systems below them.
+	context.AfterFunc(ctx, func() {
+		defer endWork()
+		s.endContainers()
+	})
+	err = session.Supervise(working, session.SuperviseConfig{
+		Session: fuse, Command: append(append([]string{self}, args...), roleWorker),
+		ExtraFiles: s.sockets.files, Cleanup: s.cleanUp, Log: log,
+	})
+	log.Info("ended", "error", err)
+	return err
+}
+
+// prepare removes what an earlier supervisor left.
+func (s *supervisor) prepare() error {
+	if err := os.MkdirAll(s.cfg.StateDir, 0o700); err != nil {
+		return fmt.Errorf("make state_dir: %w", err)
+	}
+	if err := s.cleanUp(context.Background()); err != nil {
+		s.log.Warn("clean up after an earlier tatami-guest", "error", err)
+	}
+	return nil
+}
+
+func (s *supervisor) cleanUp(ctx context.Context) error {
+	return errors.Join(mount.Clean(s.cfg.StateDir, s.log), unpack.Remove(ctx, unpackedDir(s.cfg)))
+}
+
+// listen opens all sockets, those of the worker first.
+func (s *supervisor) listen(ctx context.Context, powerOff func()) error {
+	for _, addr := range append([]string{"unix:" + workerSocket(s.cfg)}, s.cfg.Listen...) {
+		if err := s.sockets.listenFor(addr); err != nil {
+			return err
+		}
+	}
+	if s.cfg.CDHSocket != "" {
+		if err := s.serveCDH(ctx); err != nil {
+			return err
+		}
+	}
+	if s.cfg.Runner {
+		return s.serveRunner(ctx, powerOff)
+	}
+	return nil
+}
+
+// serveCDH answers kata-agent here, because the agent connects once and never
+// again.
+func (s *supervisor) serveCDH(ctx context.Context) error {
+	hub := &service.CDH{Guest: workerClient{"unix:" + workerSocket(s.cfg)}}
+	if s.cfg.CDHForward != "" {
+		hub.Forward = func(ctx context.Context) (*ttrpc.Client, error) { return dial(ctx, "unix:"+s.cfg.CDHForward) }
+	}
+	return s.serve(ctx, "unix:"+s.cfg.CDHSocket, hub.Register)
+}
+
+func (s *supervisor) serveRunner(ctx context.Context, powerOff func()) (err error) {
+	s.runner, err = runner.New(runner.Config{Dir: runnerDir(s.cfg), Runtime: s.cfg.Runtime, PowerOff: powerOff, Log: s.log})
+	if err != nil {
+		return err
+	}
+	streams, err := s.sockets.listen(s.cfg.StreamListen)
+	if err != nil {
+		return err
+	}
+	s.serving.Go(func() {
+		if err := s.runner.ServeStreams(ctx, streams); err != nil {
+			s.log.Error("containers cannot be started any more", "error", err)
+		}
+	})
+	return s.serve(ctx, "unix:"+runnerSocket(s.cfg), func(srv *ttrpc.Server) { api.RegisterRunnerService(srv, s.runner) })
+}
+
+// serve starts a ttrpc server in this process.
+func (s *supervisor) serve(ctx context.Context, addr string, register func(*ttrpc.Server)) error {
+	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(service.StatusErrors))
+	if err != nil {
+		return err
+	}
+	register(srv)
+	l, err := s.sockets.listen(addr)
+	if err != nil {
+		return err
+	}
+	s.servers = append(s.servers, srv)
+	s.serving.Go(func() { serveTTRPC(context.WithoutCancel(ctx), srv, l, s.log) })
+	return nil
+}
+
+func serveTTRPC(ctx context.Context, srv *ttrpc.Server, l net.Listener, log *slog.Logger) {
+	if err := srv.Serve(ctx, l); err != nil && !errors.Is(err, ttrpc.ErrServerClosed) {
+		log.Error("serve", "address", l.Addr().String(), "error", err)
+	}
+}
+
+// stopServer lets calls under way end.
+func stopServer(srv *ttrpc.Server) {
+	ctx, cancel := context.WithTimeout(context.Background(), serverGrace)
+	defer cancel()
+	if srv.Shutdown(ctx) != nil {
+		_ = srv.Close() // calls that take longer are cut off
+	}
+}
+
+func (s *supervisor) endContainers() {
+	if s.runner == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), runnerGrace)
+	defer cancel()
+	if err := s.runner.Close(ctx); err != nil {
+		s.log.Error("end containers", "error", err)
+	}
+}
+
+func (s *supervisor) close() {
+	for _, srv := range s.servers {
+		stopServer(srv)
+	}
+	s.sockets.close()
+	s.serving.Wait()
+}

@@ -1,0 +1,155 @@
+package images
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tatami-containers/tatami/guest/timing"
+	"github.com/tatami-containers/tatami/rootfs/image"
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/registry"
+)
+
+// maxReferrers bounds how many indexes of one image are tried.
+const maxReferrers = 4
+
+// fromNode reads manifest, configuration and index over the relay; the index
+// does not wait for the manifest.
+func (r *Resolver) fromNode(ctx context.Context, p pin, whole bool, phases *timing.Phases) (*Image, error) {
+	defer phases.Begin("exchange")()
+	repo := r.cfg.Relay.Mirror(relayHost, p.name)
+	var img *Image
+	var idx *index.Image
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() (err error) {
+		img, err = readImage(gctx, repo, p)
+		return err
+	})
+	lazy := !whole && p.trust == TrustHost
+	var reason error
+	if lazy {
+		g.Go(func() error {
+			defer phases.Begin("index")()
+			// Without one the image can still be unpacked.
+			idx, reason = readIndex(gctx, repo, p.manifest)
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	img.Index, img.Reason = idx, reason
+	if !whole && !lazy {
+		img.Index, img.Reason = r.indexFromTOC(ctx, img, phases)
+	}
+	return img, ctx.Err()
+}
+
+// fromRegistry resolves a reference without the node.
+func (r *Resolver) fromRegistry(ctx context.Context, ref string, whole bool, phases *timing.Phases) (*Image, error) {
+	if r.cfg.Registry == nil {
+		return nil, fmt.Errorf("read %s: the guest may not ask registries; set registry = true: %w", ref, errdefs.ErrFailedPrecondition)
+	}
+	name, err := image.ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	end := phases.Begin("resolve")
+	img, err := readImage(ctx, r.cfg.Registry.Repository(name), pin{name: name})
+	end()
+	if err != nil || whole {
+		return img, err
+	}
+	img.Index, img.Reason = r.indexFromTOC(ctx, img, phases)
+	return img, ctx.Err()
+}
+
+// readImage reads manifest and configuration, pinned or by the name's tag.
+func readImage(ctx context.Context, repo *registry.Repository, p pin) (*Image, error) {
+	ref := p.name
+	if p.manifest != "" {
+		var err error
+		if ref, err = reference.WithDigest(reference.TrimNamed(p.name), p.manifest); err != nil {
+			return nil, fmt.Errorf("pin %s to %s: %v: %w", p.name, p.manifest, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	found, err := image.Resolve(ctx, repo, ref, image.DefaultPlatform())
+	if err != nil {
+		return nil, err
+	}
+	if p.manifest != "" && found.Desc.Digest != p.manifest {
+		return nil, fmt.Errorf("%s is an index of images, not the manifest of one: %w", p.manifest, errdefs.ErrInvalidArgument)
+	}
+	img := &Image{Reference: p.name.String(), Manifest: found.Desc.Digest, Config: found.ConfigBytes, blobs: repo}
+	for _, l := range found.Layers {
+		img.Layers = append(img.Layers, l.Descriptor)
+	}
+	return img, nil
+}
+
+// readIndex reads the index of an image from among its referrers. What is no
+// valid index of this very manifest is passed over.
+func readIndex(ctx context.Context, repo *registry.Repository, manifest digest.Digest) (*index.Image, error) {
+	refs, err := repo.Referrers(ctx, manifest, index.ArtifactType)
+	if err != nil {
+		return nil, fmt.Errorf("list indexes of %s: %w", manifest, err)
+	}
+	if len(refs) == 0 {
+		return nil, fmt.Errorf("the relay has no index of %s: %w", manifest, errdefs.ErrNotFound)
+	}
+	var errs []error
+	for _, desc := range refs[:min(len(refs), maxReferrers)] {
+		idx, err := readArtifact(ctx, repo, desc, manifest)
+		if err == nil {
+			return idx, nil
+		}
+		errs = append(errs, fmt.Errorf("index %s: %w", desc.Digest, err))
+	}
+	return nil, errors.Join(errs...)
+}
+
+func readArtifact(ctx context.Context, repo *registry.Repository, desc ocispec.Descriptor, manifest digest.Digest) (*index.Image, error) {
+	b, err := repo.Manifest(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(b, &m); err != nil {
+		return nil, fmt.Errorf("decode artifact: %v: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if m.ArtifactType != index.ArtifactType || len(m.Layers) == 0 || m.Layers[0].MediaType != index.ImageType {
+		return nil, fmt.Errorf("artifact of type %q is no index: %w", m.ArtifactType, errdefs.ErrInvalidArgument)
+	}
+	if b, err = repo.Blob(ctx, m.Layers[0]); err != nil {
+		return nil, err
+	}
+	idx, err := index.DecodeImage(b)
+	if err != nil {
+		return nil, err
+	}
+	if idx.Manifest != manifest {
+		return nil, fmt.Errorf("it is for manifest %s: %w", idx.Manifest, errdefs.ErrDataLoss)
+	}
+	return idx, nil
+}
+
+// manifestsOf lists what the index of images with this digest names.
+func manifestsOf(ctx context.Context, repo *registry.Repository, d digest.Digest) ([]ocispec.Descriptor, error) {
+	b, err := repo.Manifest(ctx, ocispec.Descriptor{Digest: d})
+	if err != nil {
+		return nil, err
+	}
+	var list ocispec.Index
+	if err := json.Unmarshal(b, &list); err != nil {
+		return nil, fmt.Errorf("decode index of images %s: %v: %w", d, err, errdefs.ErrInvalidArgument)
+	}
+	return list.Manifests, nil
+}

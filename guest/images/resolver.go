@@ -1,0 +1,220 @@
+package images
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tatami-containers/tatami/guest/timing"
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/rootfs/image"
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/store"
+)
+
+// Trust is what an index must at least be bound by.
+type Trust string
+
+// Degrees of trust, the least strict first. Signed is not implemented here:
+// an image that asks for it is refused.
+const (
+	TrustHost   Trust = "host"
+	TrustImage  Trust = "image"
+	TrustSigned Trust = "signed"
+)
+
+// relayHost stands for the node's relay where an HTTP request needs a host.
+const relayHost = "relay.tatami.internal"
+
+// describeTimeout bounds a question that takes the node under a millisecond.
+const describeTimeout = 10 * time.Second
+
+// Describer is the node's Host service.
+type Describer interface {
+	Describe(ctx context.Context, req *api.DescribeRequest) (*api.DescribeResponse, error)
+}
+
+// Config says whom to ask. A nil Host, Relay or Registry is not asked.
+type Config struct {
+	Host     Describer
+	Relay    *registry.Client // dials the relay, whatever the host
+	Registry *registry.Client
+	// PreferRegistry takes whole layers from the registry although there is a
+	// relay.
+	PreferRegistry bool
+	Trust          Trust  // the guest's own demand; "" is TrustHost
+	LayersDir      string // where indexes of layers are kept for the next process
+	Log            *slog.Logger
+}
+
+// Resolver turns containers and references into images. Its methods may be
+// called at the same time.
+type Resolver struct {
+	cfg    Config
+	layers layerCache
+}
+
+// New makes a resolver.
+func New(cfg Config) *Resolver {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Trust == "" {
+		cfg.Trust = TrustHost
+	}
+	return &Resolver{cfg: cfg, layers: layerCache{dir: cfg.LayersDir}}
+}
+
+// Image is what a container shall run.
+type Image struct {
+	Reference string // normalised; together with Manifest it finds the image again
+	Manifest  digest.Digest
+	Config    []byte // OCI JSON
+	Layers    []ocispec.Descriptor
+
+	// Index is nil when the image cannot be mounted lazily; Reason says why.
+	Index  *index.Image
+	Reason error
+
+	blobs *registry.Repository
+}
+
+// errPolicy refuses what no other source can make good.
+var errPolicy = fmt.Errorf("policy of the guest: %w", errdefs.ErrPermissionDenied)
+
+// pin is what is known before anything was read.
+type pin struct {
+	name     reference.Named
+	manifest digest.Digest // "" when nobody has pinned it
+	trust    Trust
+	node     bool // the node knows it
+}
+
+// Resolve finds the image of container id. ref is what the caller was told and
+// may be empty. With whole, the index is left out: the layers will be unpacked.
+func (r *Resolver) Resolve(ctx context.Context, id, ref string, whole bool, phases *timing.Phases) (*Image, error) {
+	if whole && r.cfg.PreferRegistry && ref != "" {
+		return r.fromRegistry(ctx, ref, true, phases)
+	}
+	p, err := r.describe(ctx, id, ref, phases)
+	if err == nil {
+		var img *Image
+		if img, err = r.fromNode(ctx, p, whole, phases); err == nil {
+			return img, nil
+		}
+	}
+	if r.cfg.Registry == nil || ref == "" || ctx.Err() != nil || errors.Is(err, errPolicy) {
+		return nil, err
+	}
+	r.cfg.Log.Warn("the node cannot serve: asking the registry", "container", id, "reference", ref, "error", err)
+	img, rerr := r.fromRegistry(ctx, ref, whole, phases)
+	if rerr != nil {
+		return nil, errors.Join(rerr, fmt.Errorf("before that, the node: %w", err))
+	}
+	return img, nil
+}
+
+// describe asks the node for the container.
+func (r *Resolver) describe(ctx context.Context, id, ref string, phases *timing.Phases) (pin, error) {
+	if r.cfg.Host == nil || r.cfg.Relay == nil {
+		return pin{}, fmt.Errorf("describe container %s: no node is configured (host_address, relay_address): %w", id, errdefs.ErrUnavailable)
+	}
+	defer phases.Begin("describe")()
+	ctx, cancel := context.WithTimeout(ctx, describeTimeout)
+	defer cancel()
+	resp, err := r.cfg.Host.Describe(ctx, &api.DescribeRequest{ContainerId: id})
+	if err != nil {
+		return pin{}, fmt.Errorf("describe container %s: %w", id, err)
+	}
+	p, err := r.pinned(resp)
+	if err != nil {
+		return pin{}, fmt.Errorf("describe container %s: %w", id, err)
+	}
+	if p.trust == TrustImage {
+		err = r.checkAsked(ctx, p, ref)
+	}
+	return p, err
+}
+
+// pinned checks what the node says.
+func (r *Resolver) pinned(resp *api.DescribeResponse) (pin, error) {
+	name, err := image.ParseReference(resp.Reference)
+	if err != nil {
+		return pin{}, err
+	}
+	if resp.Repository != "" && resp.Repository != reference.Path(name) {
+		if name, err = reference.WithName(reference.Domain(name) + "/" + resp.Repository); err != nil {
+			return pin{}, fmt.Errorf("repository %q: %v: %w", resp.Repository, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	p := pin{name: name, manifest: digest.Digest(resp.ManifestDigest), trust: Trust(resp.Trust), node: true}
+	if err := p.manifest.Validate(); err != nil {
+		return pin{}, fmt.Errorf("manifest digest %q: %v: %w", resp.ManifestDigest, err, errdefs.ErrInvalidArgument)
+	}
+	switch p.trust {
+	case TrustHost, "":
+		p.trust = r.cfg.Trust
+	case TrustImage:
+	default:
+		return pin{}, fmt.Errorf("%s asks for trust %q, which this guest cannot check: use \"host\" or \"image\": %w", resp.Reference, p.trust, errPolicy)
+	}
+	return p, nil
+}
+
+// checkAsked holds what the node pinned against a digest in the reference that
+// the guest was given: the same manifest, or one of the index that it names.
+func (r *Resolver) checkAsked(ctx context.Context, p pin, ref string) error {
+	if ref == "" {
+		return nil
+	}
+	name, err := image.ParseReference(ref)
+	if err != nil {
+		return err
+	}
+	want, ok := name.(reference.Digested)
+	if !ok || want.Digest() == p.manifest {
+		return nil
+	}
+	listed, err := manifestsOf(ctx, r.cfg.Relay.Mirror(relayHost, p.name), want.Digest())
+	if err != nil {
+		return fmt.Errorf("check that %s is the image of %s: %w", p.manifest, ref, err)
+	}
+	for _, m := range listed {
+		if m.Digest == p.manifest {
+			return nil
+		}
+	}
+	return fmt.Errorf("the node gives manifest %s for %s, which names others: %w", p.manifest, ref, errPolicy)
+}
+
+// Sources returns where the segments of an image come from, in the order in
+// which they are asked. It reads nothing, so that a new process can serve what
+// an earlier one mounted.
+func (r *Resolver) Sources(ref string) ([]store.Source, error) {
+	name, err := image.ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	var all []store.Source
+	if r.cfg.Relay != nil {
+		all = append(all, relaySource{r.cfg.Relay.Mirror(relayHost, name)})
+	}
+	if r.cfg.Registry != nil {
+		all = append(all, &registrySource{repo: r.cfg.Registry.Repository(name), layers: &r.layers})
+	}
+	if len(all) == 0 {
+		return nil, fmt.Errorf("read %s: neither relay_address nor registry is configured: %w", ref, errdefs.ErrFailedPrecondition)
+	}
+	return all, nil
+}
+
+// Blobs is where the image's whole layers come from.
+func (i *Image) Blobs() *registry.Repository { return i.blobs }

@@ -1,0 +1,119 @@
+package service
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// hold keeps prune away from a manifest until release is called.
+func (g *Guest) hold(m digest.Digest) (release func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.held[m]++
+	return func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.held[m]--; g.held[m] == 0 {
+			delete(g.held, m)
+		}
+	}
+}
+
+// prune removes what is kept for images that are mounted no more. What cannot
+// be removed now, because somebody still reads it, the next call removes.
+func (g *Guest) prune() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	used := make(map[digest.Digest]bool)
+	for m := range g.held {
+		used[m] = true
+	}
+	for _, m := range g.all() {
+		used[digest.Digest(m.ManifestDigest)] = true
+	}
+	if err := g.configs.keepOnly(used); err != nil {
+		g.cfg.Log.Warn("remove configurations", "error", err)
+	}
+	if g.cfg.Keep {
+		return
+	}
+	for _, img := range g.cfg.Store.Images() {
+		if img.Open || used[img.Manifest] {
+			continue
+		}
+		if err := g.cfg.Store.Remove(img.Manifest); err != nil && !errdefs.IsFailedPrecondition(err) && !errdefs.IsNotFound(err) {
+			g.cfg.Log.Warn("remove image", "manifest", img.Manifest, "error", err)
+		}
+	}
+}
+
+// settle is how long Watch waits after a change: containers come and go with
+// several mounts each.
+const settle = 50 * time.Millisecond
+
+// Watch cleans up after mounts that somebody else has unmounted, until ctx
+// ends. kata-agent unmounts a container's root file system by itself and tells
+// nobody.
+func (g *Guest) Watch(ctx context.Context) error {
+	info, err := unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("watch mounts: %w", err)
+	}
+	defer unix.Close(info) //nolint:errcheck // only read
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("watch mounts: %w", err)
+	}
+	defer unix.Close(wake) //nolint:errcheck // an eventfd
+	woken := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(woken)
+		_, _ = unix.Write(wake, binary.NativeEndian.AppendUint64(nil, 1)) // never blocks the first time
+	})
+	defer func() {
+		if !stop() {
+			<-woken
+		}
+	}()
+	// The kernel marks a changed mount table as an exception (proc(5)).
+	fds := []unix.PollFd{{Fd: int32(info), Events: unix.POLLPRI}, {Fd: int32(wake), Events: unix.POLLIN}}
+	for ctx.Err() == nil {
+		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("watch mounts: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(settle):
+			g.sweep(ctx)
+		}
+	}
+	return nil
+}
+
+func (g *Guest) sweep(ctx context.Context) {
+	n, err := g.cfg.Mounter.Sweep(ctx)
+	if err = errors.Join(err, g.cfg.Unpacked.Sweep(ctx)); err != nil && ctx.Err() == nil {
+		g.cfg.Log.Warn("clean up after unmounted containers", "error", err)
+	}
+	if n > 0 {
+		g.cfg.Log.Info("cleaned up after unmounted containers", "mounts", n)
+	}
+	g.prune()
+}
+
+// target returns where a mount is.
+func (g *Guest) target(id string) (string, error) {
+	m, ok := g.find(id)
+	if !ok {
+		return "", fmt.Errorf("mount %q: no such mount: %w", id, errdefs.ErrNotFound)
+	}
+	return filepath.Clean(m.Target), nil
+}
