@@ -1,0 +1,244 @@
+// Package config holds the settings of tatami-host: defaults in the code, then
+// a TOML file, then flags. It reads one file and starts nothing.
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// Path is where the file is looked for when --config is not given. It may be
+// absent.
+const Path = "/etc/tatami/host.toml"
+
+// Version of the file's schema that this program reads.
+const Version = 1
+
+// maxFile bounds the settings file in bytes.
+const maxFile = 1 << 20
+
+// maxUnixPath is the longest path that fits in a unix socket address
+// (sun_path, unix(7)), the terminating zero left out.
+const maxUnixPath = 107
+
+// Config is every setting of tatami-host.
+type Config struct {
+	Version int `toml:"version"`
+	// Root is the directory that holds everything the node keeps.
+	Root string `toml:"root"`
+	// Socket is the control socket; tatami-host.sock in Root when empty.
+	Socket string `toml:"socket"`
+	// IdleExit ends the program when the last control connection has closed
+	// and no sandbox is attached.
+	IdleExit bool `toml:"idle_exit"`
+	// Class is "online" or "batch": of containers that do not say.
+	Class    string   `toml:"class"`
+	Log      Log      `toml:"log"`
+	Registry Registry `toml:"registry"`
+	Relay    Relay    `toml:"relay"`
+}
+
+// Log says what is logged.
+type Log struct {
+	// Level is "debug", "info", "warn" or "error".
+	Level string `toml:"level"`
+	// Format is "json" or "text".
+	Format string `toml:"format"`
+}
+
+// Registry says how images are fetched.
+type Registry struct {
+	// PlainHTTP names the hosts ("host" or "host:port") that are asked without
+	// TLS, beside those of the machine itself.
+	PlainHTTP []string `toml:"plain_http"`
+	// Credentials is a file in the form of Docker's config.json; anonymous
+	// when empty. It is read for each request, so it may be replaced.
+	Credentials string `toml:"credentials"`
+	// Layers is how many layers of one image are fetched at a time.
+	Layers int `toml:"layers"`
+	// Ranges is how many parts of one layer are fetched at a time.
+	Ranges int `toml:"ranges"`
+}
+
+// Relay bounds what one sandbox may take.
+type Relay struct {
+	// Requests is how many requests of a sandbox are served at a time; others
+	// wait.
+	Requests int `toml:"requests"`
+	// Stall is how long a sandbox may take no byte of an answer before its
+	// connection is closed.
+	Stall Duration `toml:"stall"`
+}
+
+// Duration is a time.Duration that is written "30s" in a file.
+type Duration time.Duration
+
+// UnmarshalText reads a duration as time.ParseDuration does.
+func (d *Duration) UnmarshalText(text []byte) error {
+	v, err := time.ParseDuration(string(text))
+	*d = Duration(v)
+	return err
+}
+
+// MarshalText writes a duration as UnmarshalText reads it.
+func (d Duration) MarshalText() ([]byte, error) {
+	return []byte(time.Duration(d).String()), nil
+}
+
+// Default returns the settings of a machine without a file.
+func Default() Config {
+	return Config{
+		Version:  Version,
+		Root:     "/var/lib/tatami",
+		Class:    "online",
+		Log:      Log{Level: "info", Format: "json"},
+		Registry: Registry{Layers: 4, Ranges: 4},
+		Relay:    Relay{Requests: 16, Stall: Duration(30 * time.Second)},
+	}
+}
+
+// Decode reads a settings file's text over the defaults. Unknown keys are
+// refused with their names and lines.
+func Decode(text []byte) (Config, error) {
+	c := Default()
+	c.Version = 0
+	d := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields()
+	if err := d.Decode(&c); err != nil {
+		return Config{}, explain(err)
+	}
+	if c.Version != Version {
+		return Config{}, fmt.Errorf("version is %d: write version = %d", c.Version, Version)
+	}
+	return c, nil
+}
+
+// explain turns a decoder's error into one line that names keys and lines.
+func explain(err error) error {
+	var missing *toml.StrictMissingError
+	if errors.As(err, &missing) {
+		var keys []string
+		for _, e := range missing.Errors {
+			row, _ := e.Position()
+			keys = append(keys, fmt.Sprintf("%s (line %d)", strings.Join(e.Key(), "."), row))
+		}
+		return fmt.Errorf("unknown key %s: remove it or correct its name", strings.Join(keys, ", "))
+	}
+	var de *toml.DecodeError
+	if errors.As(err, &de) {
+		row, column := de.Position()
+		return fmt.Errorf("line %d, column %d: %s", row, column, strings.TrimPrefix(de.Error(), "toml: "))
+	}
+	return err
+}
+
+// load reads the file at path; without one it returns the defaults where
+// optional is set.
+func load(path string, optional bool) (Config, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) && optional {
+		return Default(), nil
+	}
+	if err != nil {
+		return Config{}, fmt.Errorf("open settings: %w", err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return Config{}, fmt.Errorf("read settings %s: %w", path, err)
+	}
+	if len(text) > maxFile {
+		return Config{}, fmt.Errorf("read settings %s: longer than %d bytes", path, maxFile)
+	}
+	c, err := Decode(text)
+	if err != nil {
+		return Config{}, fmt.Errorf("read settings %s: %w", path, err)
+	}
+	return c, nil
+}
+
+// check completes the settings and says what is wrong with them.
+func (c *Config) check() error {
+	if !filepath.IsAbs(c.Root) {
+		return fmt.Errorf("root %q: give an absolute path", c.Root)
+	}
+	c.Root = filepath.Clean(c.Root)
+	if c.Socket == "" {
+		c.Socket = filepath.Join(c.Root, "tatami-host.sock")
+	}
+	if !filepath.IsAbs(c.Socket) || len(c.Socket) > maxUnixPath {
+		return fmt.Errorf("socket %q: give an absolute path of at most %d bytes", c.Socket, maxUnixPath)
+	}
+	if err := c.checkNumbers(); err != nil {
+		return err
+	}
+	return c.checkNames()
+}
+
+func (c *Config) checkNumbers() error {
+	for _, n := range []struct {
+		key       string
+		value, to int
+	}{
+		{"registry.layers", c.Registry.Layers, 64},
+		{"registry.ranges", c.Registry.Ranges, 64},
+		{"relay.requests", c.Relay.Requests, 1024},
+	} {
+		if n.value < 1 || n.value > n.to {
+			return fmt.Errorf("%s is %d: give 1 to %d", n.key, n.value, n.to)
+		}
+	}
+	if s := time.Duration(c.Relay.Stall); s < time.Second || s > time.Hour {
+		return fmt.Errorf("relay.stall is %s: give 1s to 1h", s)
+	}
+	return nil
+}
+
+func (c *Config) checkNames() error {
+	if c.Class != "online" && c.Class != "batch" {
+		return fmt.Errorf("class %q: give online or batch", c.Class)
+	}
+	if c.Log.Format != "json" && c.Log.Format != "text" {
+		return fmt.Errorf("log.format %q: give json or text", c.Log.Format)
+	}
+	if _, err := c.Log.level(); err != nil {
+		return fmt.Errorf("log.level %q: give debug, info, warn or error", c.Log.Level)
+	}
+	for _, h := range c.Registry.PlainHTTP {
+		if h == "" || strings.ContainsAny(h, "/ ") {
+			return fmt.Errorf("registry.plain_http %q: give host or host:port", h)
+		}
+	}
+	if p := c.Registry.Credentials; p != "" && !filepath.IsAbs(p) {
+		return fmt.Errorf("registry.credentials %q: give an absolute path", p)
+	}
+	return nil
+}
+
+func (l Log) level() (slog.Level, error) {
+	var level slog.Level
+	err := level.UnmarshalText([]byte(l.Level))
+	return level, err
+}
+
+// Logger writes to w as the settings say.
+func (l Log) Logger(w io.Writer) *slog.Logger {
+	level, err := l.level()
+	if err != nil {
+		level = slog.LevelInfo
+	}
+	opts := &slog.HandlerOptions{Level: level}
+	if l.Format == "text" {
+		return slog.New(slog.NewTextHandler(w, opts))
+	}
+	return slog.New(slog.NewJSONHandler(w, opts))
+}

@@ -1,0 +1,183 @@
+package config
+
+import (
+	"errors"
+	"flag"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestDecode(t *testing.T) {
+	for _, tc := range []struct {
+		name, text string
+		want       func(*Config) // over the defaults
+		err        string
+	}{
+		{name: "smallest", text: "version = 1\n", want: func(*Config) {}},
+		{name: "all", text: `version = 1
+root = "/srv/t"
+socket = "/run/t.sock"
+idle_exit = true
+class = "batch"
+[log]
+level = "debug"
+format = "text"
+[registry]
+plain_http = ["a:5000", "b"]
+credentials = "/c.json"
+layers = 2
+ranges = 3
+[relay]
+requests = 5
+stall = "7s"
+`, want: func(c *Config) {
+			c.Root, c.Socket, c.IdleExit, c.Class = "/srv/t", "/run/t.sock", true, "batch"
+			c.Log = Log{Level: "debug", Format: "text"}
+			c.Registry = Registry{PlainHTTP: []string{"a:5000", "b"}, Credentials: "/c.json", Layers: 2, Ranges: 3}
+			c.Relay = Relay{Requests: 5, Stall: Duration(7 * time.Second)}
+		}},
+		{name: "no version", text: `root = "/x"`, err: "version is 0: write version = 1"},
+		{name: "later version", text: "version = 2", err: "version is 2"},
+		{name: "unknown key", text: "version = 1\n\nrot = \"/x\"\n", err: "unknown key rot (line 3)"},
+		{name: "unknown table key", text: "version = 1\n[registry]\nlayers = 1\nlayer = 2\n", err: "unknown key registry.layer (line 4)"},
+		{name: "unknown table", text: "version = 1\n[relais]\nrequests = 1\n", err: "unknown key relais"},
+		{name: "two unknown keys", text: "version = 1\na = 1\nb = 2\n", err: "a (line 2), b (line 3)"},
+		{name: "wrong type", text: "version = 1\nroot = 5\n", err: "line 2"},
+		{name: "not a duration", text: "version = 1\n[relay]\nstall = \"soon\"\n", err: "line 3"},
+		{name: "syntax", text: "version = 1\nroot = \n", err: "line 2"},
+		{name: "twice", text: "version = 1\nversion = 1\n", err: "version"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got, err := Decode([]byte(tc.text))
+			if tc.err != "" {
+				if err == nil || !strings.Contains(err.Error(), tc.err) {
+					t.Fatalf("error %v, want one with %q", err, tc.err)
+				}
+				return
+			}
+			want := Default()
+			tc.want(&want)
+			if err != nil || !reflect.DeepEqual(got, want) {
+				t.Fatalf("got %+v, %v\nwant %+v", got, err, want)
+			}
+		})
+	}
+}
+
+func TestParse(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "host.toml")
+	text := "version = 1\nroot = \"/srv/t\"\n[registry]\nlayers = 2\nplain_http = [\"a\"]\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	absent := filepath.Join(dir, "absent.toml")
+	for _, tc := range []struct {
+		name string
+		args []string
+		path string
+		want func(*Config)
+		err  string
+	}{
+		{name: "no file", path: absent, want: func(c *Config) { c.Socket = "/var/lib/tatami/tatami-host.sock" }},
+		{name: "file", path: file, want: func(c *Config) {
+			c.Root, c.Socket, c.Registry.Layers, c.Registry.PlainHTTP = "/srv/t", "/srv/t/tatami-host.sock", 2, []string{"a"}
+		}},
+		{name: "flags win", path: absent, want: func(c *Config) {
+			c.Root, c.Socket, c.Registry.Layers, c.Registry.PlainHTTP = "/x", "/x/tatami-host.sock", 9, []string{"b:1", "c"}
+			c.IdleExit = true
+		}, args: []string{"--config", file, "--root", "/x/", "--layers=9", "--plain-http", "b:1", "--plain-http=c", "--idle-exit"}},
+		{name: "named file missing", path: file, args: []string{"--config", absent}, err: "open settings"},
+		{name: "relative root", path: absent, args: []string{"--root", "x"}, err: "absolute path"},
+		{name: "long socket", path: absent, args: []string{"--socket", "/" + strings.Repeat("x", 107)}, err: "at most 107 bytes"},
+		{name: "layers", path: absent, args: []string{"--layers", "0"}, err: "registry.layers is 0"},
+		{name: "not a number", path: absent, args: []string{"--ranges", "many"}, err: "ranges"},
+		{name: "class", path: absent, args: []string{"--class", "bulk"}, err: "online or batch"},
+		{name: "level", path: absent, args: []string{"--log-level", "loud"}, err: "log.level"},
+		{name: "format", path: absent, args: []string{"--log-format", "xml"}, err: "log.format"},
+		{name: "host", path: absent, args: []string{"--plain-http", "http://a"}, err: "plain_http"},
+		{name: "credentials", path: absent, args: []string{"--credentials", "c.json"}, err: "credentials"},
+		{name: "unknown flag", path: absent, args: []string{"--frob"}, err: "frob"},
+		{name: "argument", path: absent, args: []string{"serve"}, err: `"serve"`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got, err := parse(tc.args, io.Discard, tc.path)
+			if tc.err != "" {
+				if err == nil || !strings.Contains(err.Error(), tc.err) {
+					t.Fatalf("error %v, want one with %q", err, tc.err)
+				}
+				return
+			}
+			want := Default()
+			tc.want(&want)
+			if err != nil || !reflect.DeepEqual(got, want) {
+				t.Fatalf("got %+v, %v\nwant %+v", got, err, want)
+			}
+		})
+	}
+}
+
+func TestHelp(t *testing.T) {
+	var b strings.Builder
+	if _, err := parse([]string{"-h"}, &b, Path); !errors.Is(err, flag.ErrHelp) {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"-root", "-config", Path} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("usage lacks %q:\n%s", want, b.String())
+		}
+	}
+}
+
+func TestLogger(t *testing.T) {
+	var b strings.Builder
+	l := Log{Level: "warn", Format: "text"}.Logger(&b)
+	l.Info("quiet")
+	l.Warn("loud", slog.Int("n", 1))
+	if got := b.String(); !strings.Contains(got, "msg=loud n=1") || strings.Contains(got, "quiet") {
+		t.Fatalf("logged %q", got)
+	}
+}
+
+// A daemon with more settings is not understood any more.
+func TestSettings(t *testing.T) {
+	if n := fields(reflect.TypeFor[Config]()); n > 20 {
+		t.Fatalf("%d settings, at most 20 are wanted", n)
+	}
+}
+
+func fields(t reflect.Type) int {
+	n := 0
+	for i := range t.NumField() {
+		if f := t.Field(i); f.Type.Kind() == reflect.Struct {
+			n += fields(f.Type)
+		} else {
+			n++
+		}
+	}
+	return n
+}
+
+func FuzzConfig(f *testing.F) {
+	f.Add([]byte("version = 1\nroot = \"/x\"\n[relay]\nstall = \"1s\"\n"))
+	f.Add([]byte("version = 1\n[registry]\nplain_http = [\"a\", \"b\"]\nlayers = 99\n"))
+	f.Add([]byte("[log]\nlevel = \"info\"\nversion = 1"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		c, err := Decode(text)
+		if err != nil {
+			return
+		}
+		if c.check() != nil {
+			return
+		}
+		if again := c; again.check() != nil || !reflect.DeepEqual(again, c) {
+			t.Fatalf("checking twice changed %+v into %+v", c, again)
+		}
+	})
+}

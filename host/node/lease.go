@@ -1,0 +1,246 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/store"
+)
+
+// Kinds of objects, as the relay's paths name them.
+const (
+	kindManifest = "manifests"
+	kindBlob     = "blobs"
+	kindSegment  = "segments"
+)
+
+// segmentType is the media type of a segment's plain bytes.
+const segmentType = "application/octet-stream"
+
+// Lease is the right to read one prepared image; while it is held, the image
+// cannot be removed. Missing bytes are fetched from the repository that the
+// lease was taken for. It is what the relay serves.
+type Lease struct {
+	n      *Node
+	record *record
+	repo   *registry.Repository
+	open   *store.Image
+	at     map[digest.Digest]index.Segment // by ID; tables are the store's
+	once   sync.Once
+}
+
+// Lease takes a lease on what ref meant when it was prepared last. ErrNotFound
+// when it was not prepared.
+func (n *Node) Lease(ctx context.Context, ref, platform string) (*Lease, error) {
+	named, _, err := parseTarget(ref, platform)
+	if err != nil {
+		return nil, err
+	}
+	m := n.meant(target{named.String(), platform})
+	if m == nil {
+		return nil, fmt.Errorf("image %s is not on the node: prepare it first: %w", named, errdefs.ErrNotFound)
+	}
+	return n.lease(ctx, named, m.Manifest)
+}
+
+func (n *Node) lease(ctx context.Context, ref reference.Named, manifest digest.Digest) (*Lease, error) {
+	n.mu.Lock()
+	r, ok := n.images[manifest]
+	if ok {
+		n.leases[manifest]++
+	}
+	n.mu.Unlock()
+	if !ok {
+		return nil, fmt.Errorf("image %s is not on the node: prepare it first: %w", ref, errdefs.ErrNotFound)
+	}
+	l := &Lease{n: n, record: r, repo: n.cfg.Registry.Repository(ref)}
+	if err := l.load(ctx); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("open image %s: %w", ref, err)
+	}
+	return l, nil
+}
+
+// load opens the image in the store. The store does not make what describes an
+// image durable, so after a crash of the machine the node's own copy of the
+// index brings it back.
+func (l *Lease) load(ctx context.Context) (err error) {
+	sources := []store.Source{&source{n: l.n, repo: l.repo, layers: l.record.Layers}}
+	l.open, err = l.n.store.LoadImage(ctx, l.record.Manifest.Digest, sources)
+	if errdefs.IsNotFound(err) {
+		l.open, err = l.reload(ctx, sources)
+	}
+	if err != nil {
+		return err
+	}
+	l.at = map[digest.Digest]index.Segment{}
+	for _, s := range l.open.Segments() {
+		l.at[s.ID] = s
+	}
+	return nil
+}
+
+func (l *Lease) reload(ctx context.Context, sources []store.Source) (*store.Image, error) {
+	data, err := l.n.readFile(l.record, indexFile)
+	if err != nil {
+		return nil, err
+	}
+	img, err := index.DecodeImage(data)
+	if err != nil {
+		return nil, err
+	}
+	return l.n.store.OpenImage(ctx, img, sources)
+}
+
+// Close ends the lease. Nothing may be read through it any more. It is
+// idempotent.
+func (l *Lease) Close() {
+	l.once.Do(func() {
+		if l.open != nil {
+			_ = l.open.Close() // it has nothing to report
+		}
+		l.n.mu.Lock()
+		defer l.n.mu.Unlock()
+		d := l.record.Manifest.Digest
+		if l.n.leases[d]--; l.n.leases[d] == 0 {
+			delete(l.n.leases, d)
+		}
+	})
+}
+
+// Manifest is the digest of the image's manifest.
+func (l *Lease) Manifest() digest.Digest { return l.record.Manifest.Digest }
+
+// Referrers describes the index artifact.
+func (l *Lease) Referrers() []ocispec.Descriptor {
+	return []ocispec.Descriptor{l.record.Artifact}
+}
+
+// Find describes an object of the image.
+func (l *Lease) Find(kind string, d digest.Digest) (ocispec.Descriptor, bool) {
+	switch kind {
+	case kindManifest:
+		return find(d, l.record.Manifest, l.record.Artifact)
+	case kindBlob:
+		if desc, ok := find(d, l.record.Config, l.record.Index, ocispec.DescriptorEmptyJSON); ok {
+			return desc, true
+		}
+		return l.layer(d)
+	case kindSegment:
+		s, ok := l.at[d]
+		if !ok {
+			return ocispec.Descriptor{}, false
+		}
+		return ocispec.Descriptor{MediaType: segmentType, Digest: d, Size: s.Table.Size}, true
+	}
+	return ocispec.Descriptor{}, false
+}
+
+func find(d digest.Digest, among ...ocispec.Descriptor) (ocispec.Descriptor, bool) {
+	for _, desc := range among {
+		if desc.Digest == d {
+			return desc, true
+		}
+	}
+	return ocispec.Descriptor{}, false
+}
+
+func (l *Lease) layer(d digest.Digest) (ocispec.Descriptor, bool) {
+	for _, layer := range l.record.Layers {
+		if layer.Digest == d {
+			return layer.Descriptor, true
+		}
+	}
+	return ocispec.Descriptor{}, false
+}
+
+// Open returns the bytes [off, off+n) of an object that Find describes. Layers
+// come from the registry; they are not verified, as whoever reads a whole one
+// does that.
+func (l *Lease) Open(ctx context.Context, kind string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
+	if kind == kindSegment {
+		s, ok := l.at[d]
+		if !ok || off < 0 || n < 0 || off > s.Table.Size || n > s.Table.Size-off {
+			return nil, fmt.Errorf("range %d+%d of segment %s: %w", off, n, d, errdefs.ErrInvalidArgument)
+		}
+		return &segmentReader{ctx: ctx, image: l.open, at: s.Off + off, left: n}, nil
+	}
+	for name, desc := range l.record.described() {
+		if desc.Digest == d {
+			return l.openFile(name, off, n)
+		}
+	}
+	if d == ocispec.DescriptorEmptyJSON.Digest {
+		return section(nopCloser{bytes.NewReader(ocispec.DescriptorEmptyJSON.Data)}, off, n), nil
+	}
+	if _, ok := l.layer(d); ok && kind == kindBlob {
+		return l.repo.Range(ctx, d, off, n)
+	}
+	return nil, fmt.Errorf("open %s of image %s: %w", d, l.Manifest(), errdefs.ErrNotFound)
+}
+
+func (l *Lease) openFile(name string, off, n int64) (io.ReadCloser, error) {
+	file, err := os.Open(filepath.Join(l.n.files.image(l.Manifest()), name))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w: %w", errdefs.ErrNotFound, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open %s of image %s: %w", name, l.Manifest(), err)
+	}
+	return section(file, off, n), nil
+}
+
+type nopCloser struct{ *bytes.Reader }
+
+func (nopCloser) Close() error { return nil }
+
+type readerAtCloser interface {
+	io.ReaderAt
+	io.Closer
+}
+
+// section reads a part of r and closes it.
+func section(r readerAtCloser, off, n int64) io.ReadCloser {
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.NewSectionReader(r, off, n), r}
+}
+
+// segmentReader reads verified bytes out of the store.
+type segmentReader struct {
+	ctx      context.Context
+	image    *store.Image
+	at, left int64 // in the image, bytes
+}
+
+// Read implements io.Reader. It fills p or reaches the end.
+func (r *segmentReader) Read(p []byte) (int, error) {
+	if r.left == 0 {
+		return 0, io.EOF
+	}
+	m, err := r.image.ReadAt(r.ctx, p[:min(int64(len(p)), r.left)], r.at)
+	r.at += int64(m)
+	r.left -= int64(m)
+	if errors.Is(err, io.EOF) { // of the image, which is the end of this, too
+		err = nil
+	}
+	return m, err
+}
+
+// Close implements io.Closer.
+func (r *segmentReader) Close() error { return nil }

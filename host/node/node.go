@@ -1,0 +1,147 @@
+// Package node is what the host does once for all its sandboxes: it resolves
+// references, finds or builds the index of each layer, keeps segments in the
+// store, and lets images be read out of there or, where bytes are missing, out
+// of the registry. It knows nothing of sandboxes and who may read what.
+//
+// # Files
+//
+//	layers/<algorithm>/<hex>            encoded layer index, built from the verified blob
+//	layers/<algorithm>/<hex>.<toc hex>  the same from a TOC, whose digest a manifest gave
+//	images/<algorithm>/<hex>/           one image; its rename makes it exist
+//	    record.json manifest.json config.json artifact.json index
+//	refs/<hex>.json                     what a reference meant when it was prepared last
+//	store/                              of package store
+//	tmp/                                emptied at the start
+//
+// A layer index that came from a TOC is trusted for manifests that name this
+// TOC and for no other: the registry of one image must not be able to say what
+// a layer of another holds.
+//
+// # Memory
+//
+// Entries of layers and bootstraps are in memory only while an image is
+// prepared. What reading needs of an image (chunk tables) is loaded when the
+// first sandbox gets it; what reading its registry needs (extents, checkpoints
+// with their windows) when bytes are missing, and then under a bound.
+//
+// # Locks
+//
+//	Node.mu, flights.mu, accessCache.mu: leaves; under Node.mu files are renamed and
+//	removed, nothing is waited for.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/store"
+)
+
+// Config of a Node.
+type Config struct {
+	Root string // directory of everything the node keeps; made when missing
+	// Registry is how images are fetched; it stays the caller's.
+	Registry *registry.Client
+	Layers   int // of one image fetched at a time; 4 when 0
+	Log      *slog.Logger
+}
+
+// Node prepares images and reads them.
+type Node struct {
+	cfg    Config
+	log    *slog.Logger
+	files  files
+	store  *store.Store
+	cancel context.CancelFunc // ends prepares
+	// patience is how long a tag that was resolved before is asked for.
+	patience   time.Duration
+	background sync.WaitGroup // what nobody waits for but Close
+
+	prepares flights[target, *Prepared]      // by reference
+	indexing flights[digest.Digest, indexed] // by manifest
+	layers   flights[layerKey, *layerIndex]  // by blob
+	access   *accessCache
+
+	mu       sync.Mutex
+	images   map[digest.Digest]*record   // complete ones; protected by mu, records immutable
+	leases   map[digest.Digest]int       // images being read; protected by mu
+	pins     map[layerKey]int            // layers that a prepare counts on; protected by mu
+	jobs     map[string]*job             // prepares by reference; protected by mu
+	fetching map[digest.Digest]*progress // layers under way by manifest; protected by mu
+}
+
+// Open opens the node's directory. ErrFailedPrecondition when another process
+// has it.
+func Open(cfg Config) (*Node, error) {
+	if cfg.Layers == 0 {
+		cfg.Layers = 4
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	n := &Node{
+		cfg: cfg, log: cfg.Log, files: files(cfg.Root), patience: 10 * time.Second,
+		images: map[digest.Digest]*record{}, leases: map[digest.Digest]int{},
+		pins: map[layerKey]int{}, jobs: map[string]*job{},
+		fetching: map[digest.Digest]*progress{},
+	}
+	var err error
+	if n.store, err = store.Open(store.Config{Dir: n.files.store(), Keep: true, Log: cfg.Log}); err != nil {
+		return nil, fmt.Errorf("open node %s: %w", cfg.Root, err)
+	}
+	if err = n.files.create(); err == nil {
+		err = n.recover()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open node %s: %w", cfg.Root, errors.Join(err, n.store.Close()))
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	n.cancel = cancel
+	n.prepares.init(ctx)
+	n.indexing.init(ctx)
+	n.layers.init(ctx)
+	n.access = newAccessCache(ctx, accessBytes, n.readLayer)
+	return n, nil
+}
+
+// Close cancels what is being prepared, waits for it, and closes the store.
+// Leases must have been released.
+func (n *Node) Close() error {
+	n.cancel()
+	n.prepares.close()
+	n.indexing.close()
+	n.layers.close()
+	n.access.close()
+	n.background.Wait()
+	return n.store.Close()
+}
+
+// Stats of a node.
+type Stats struct {
+	Store         store.Stats
+	RegistryBytes int64 // received since the client was made
+	Images        int
+}
+
+// Stats returns the node's counters.
+func (n *Node) Stats() Stats {
+	n.mu.Lock()
+	images := len(n.images)
+	n.mu.Unlock()
+	return Stats{Store: n.store.Stats(), RegistryBytes: n.cfg.Registry.Stats().Bytes, Images: images}
+}
+
+// known returns the record of a complete image.
+func (n *Node) known(d digest.Digest) (*record, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	r, ok := n.images[d]
+	return r, ok
+}

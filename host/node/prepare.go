@@ -1,0 +1,228 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"runtime/debug"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tatami-containers/tatami/rootfs/image"
+	"github.com/tatami-containers/tatami/rootfs/registry"
+)
+
+// Prepared is an image that can be read.
+type Prepared struct {
+	Reference reference.Named // normalised
+	Manifest  digest.Digest
+	// Config is the image configuration (OCI JSON).
+	Config []byte
+	// CompressedSize is the sum of the layer blobs, ImageSize that of the
+	// one-file image; bytes.
+	CompressedSize, ImageSize int64
+	// Index is where the index came from: "node", "toc" or "built".
+	Index   string
+	Fetched int64 // from the registry, in bytes
+	Phases  []Phase
+}
+
+// Phase is one step of a Prepare.
+type Phase struct {
+	Name            string
+	Start, Duration time.Duration // since the call began
+}
+
+// Prepare resolves a reference and sees to its index. A tag is resolved at
+// every call; when its registry cannot be reached, what it meant last counts,
+// with a warning in the log. A digest that the node has needs no registry. Who
+// prepares the same at the same time shares the work, and the work ends when
+// the last of them has gone. platform is "os/architecture[/variant]"; empty is
+// the node's own.
+func (n *Node) Prepare(ctx context.Context, ref, platform string) (*Prepared, error) {
+	named, want, err := parseTarget(ref, platform)
+	if err != nil {
+		return nil, err
+	}
+	t := target{named.String(), platform}
+	p, _, err := n.prepares.do(ctx, t, func(ctx context.Context, _ *atomic.Int64) (*Prepared, error) {
+		return n.prepare(ctx, t, named, want)
+	}, nil)
+	if err != nil {
+		return nil, fmt.Errorf("prepare %s: %w", named, err)
+	}
+	return p, nil
+}
+
+func parseTarget(ref, platform string) (reference.Named, ocispec.Platform, error) {
+	named, err := image.ParseReference(ref)
+	if err != nil {
+		return nil, ocispec.Platform{}, err
+	}
+	p := image.DefaultPlatform()
+	if platform == "" {
+		return named, p, nil
+	}
+	part := strings.Split(platform, "/")
+	if len(part) < 2 || len(part) > 3 || part[0] == "" || part[1] == "" {
+		return nil, p, fmt.Errorf("platform %q: give os/architecture or os/architecture/variant, as in linux/arm64: %w", platform, errdefs.ErrInvalidArgument)
+	}
+	p.OS, p.Architecture = part[0], part[1]
+	if len(part) == 3 {
+		p.Variant = part[2]
+	}
+	return named, p, nil
+}
+
+// clock measures the phases of a Prepare.
+type clock struct {
+	start, last time.Time
+	phases      []Phase
+}
+
+func newClock() *clock {
+	now := time.Now()
+	return &clock{start: now, last: now}
+}
+
+// mark ends the phase that began at the mark before.
+func (c *clock) mark(name string) {
+	now := time.Now()
+	c.phases = append(c.phases, Phase{name, c.last.Sub(c.start), now.Sub(c.last)})
+	c.last = now
+}
+
+func (n *Node) prepare(ctx context.Context, t target, ref reference.Named, platform ocispec.Platform) (*Prepared, error) {
+	defer n.startJob(t.reference)()
+	c := newClock()
+	repo := &counting{Repository: n.cfg.Registry.Repository(ref)}
+	manifest, img, err := n.resolve(ctx, repo, t, ref, platform)
+	if err != nil {
+		return nil, err
+	}
+	c.mark("resolve")
+	done := indexed{from: fromNode}
+	if img != nil {
+		n.setJob(t.reference, manifest)
+		done, _, err = n.indexing.do(ctx, manifest, func(ctx context.Context, _ *atomic.Int64) (indexed, error) {
+			return n.index(ctx, repo.Repository, img)
+		}, nil)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range done.phases {
+			p.Start += c.last.Sub(c.start)
+			c.phases = append(c.phases, p)
+		}
+		if err := n.remember(t, repo.top, manifest); err != nil {
+			return nil, err
+		}
+	}
+	p, err := n.prepared(ref, manifest)
+	if err != nil {
+		return nil, err
+	}
+	p.Index, p.Fetched, p.Phases = done.from, done.fetched+repo.bytes, c.phases
+	n.log.Info("image prepared", "reference", t.reference, "manifest", manifest, "index", p.Index,
+		"fetched", p.Fetched, "image_size", p.ImageSize, "took", time.Since(c.start))
+	if done.from == fromBlob {
+		// Entries and windows are garbage now, of no use until the next image.
+		n.background.Go(debug.FreeOSMemory)
+	}
+	return p, nil
+}
+
+func (n *Node) prepared(ref reference.Named, manifest digest.Digest) (*Prepared, error) {
+	r, ok := n.known(manifest)
+	if !ok {
+		return nil, fmt.Errorf("image %s was removed meanwhile: %w", manifest, errdefs.ErrUnavailable)
+	}
+	config, err := n.readFile(r, configFile)
+	if err != nil {
+		return nil, err
+	}
+	return &Prepared{
+		Reference: ref, Manifest: manifest, Config: config,
+		CompressedSize: r.compressedSize(), ImageSize: r.ImageSize,
+	}, nil
+}
+
+// resolve returns the manifest's digest. The image is nil when the node has it
+// already.
+func (n *Node) resolve(ctx context.Context, repo *counting, t target, ref reference.Named, platform ocispec.Platform) (digest.Digest, *image.Image, error) {
+	last := n.meant(t)
+	if last != nil {
+		if pinned, ok := ref.(reference.Digested); ok && pinned.Digest() == last.Top {
+			return last.Manifest, nil, nil
+		}
+		top, err := n.ask(ctx, repo, image.Object(ref))
+		if errdefs.IsUnavailable(err) || errdefs.IsResourceExhausted(err) {
+			n.log.Warn("the registry cannot be reached; the image that the reference meant last is used",
+				"reference", t.reference, "manifest", last.Manifest, "error", err)
+			return last.Manifest, nil, nil
+		}
+		if err != nil {
+			return "", nil, err
+		}
+		if top.Digest == last.Top {
+			return last.Manifest, nil, nil
+		}
+	}
+	img, err := image.Resolve(ctx, repo, ref, platform)
+	if err != nil {
+		return "", nil, err
+	}
+	for _, l := range img.Layers {
+		if err := checkLayer(l); err != nil {
+			return "", nil, err
+		}
+	}
+	return img.Desc.Digest, img, nil
+}
+
+// ask resolves a tag that was resolved before. A registry that does not answer
+// in time is as good as one that cannot be reached: there is another answer.
+func (n *Node) ask(ctx context.Context, repo *counting, object string) (ocispec.Descriptor, error) {
+	bounded, cancel := context.WithTimeout(ctx, n.patience)
+	defer cancel()
+	desc, err := repo.Resolve(bounded, object)
+	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("registry %s does not answer within %s: %w", repo.Host(), n.patience, errdefs.ErrUnavailable)
+	}
+	return desc, err
+}
+
+// counting counts what resolving fetches, and notes what the registry has
+// under the reference itself. It is for one goroutine.
+type counting struct {
+	*registry.Repository
+	top   digest.Digest
+	bytes int64
+}
+
+// GetManifest implements image.Registry.
+func (c *counting) GetManifest(ctx context.Context, ref string) (ocispec.Descriptor, []byte, error) {
+	desc, data, err := c.Repository.GetManifest(ctx, ref)
+	c.top = desc.Digest
+	c.bytes += int64(len(data))
+	return desc, data, err
+}
+
+// Manifest implements image.Registry.
+func (c *counting) Manifest(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
+	data, err := c.Repository.Manifest(ctx, desc)
+	c.bytes += int64(len(data))
+	return data, err
+}
+
+// Blob implements image.Registry.
+func (c *counting) Blob(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
+	data, err := c.Repository.Blob(ctx, desc)
+	c.bytes += int64(len(data))
+	return data, err
+}

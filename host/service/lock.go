@@ -1,0 +1,54 @@
+package service
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// lockRoot makes the node's directory and takes it for this process. When
+// another has it, the error (ErrFailedPrecondition) says which.
+func lockRoot(root, socket string) (*os.File, error) {
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return nil, fmt.Errorf("make the node's directory: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(root, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock %s: %w", root, err)
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = fmt.Errorf("another tatami-host (%s) works on it; use that one, stop it, or choose another --root: %w",
+			owner(f), errdefs.ErrFailedPrecondition)
+	}
+	if err == nil {
+		err = sign(f, socket)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", root, err), f.Close())
+	}
+	return f, nil
+}
+
+// sign writes into the lock who has it.
+func sign(f *os.File, socket string) error {
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	_, err := f.WriteAt(fmt.Appendf(nil, "pid %d, socket %s\n", os.Getpid(), socket), 0)
+	return err
+}
+
+func owner(f *os.File) string {
+	data, err := io.ReadAll(io.LimitReader(f, 1024))
+	if text := strings.TrimSpace(string(data)); err == nil && text != "" {
+		return text
+	}
+	return "which is just starting"
+}

@@ -1,0 +1,173 @@
+package service
+
+import (
+	"fmt"
+	"net"
+	"sync"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/tatami-containers/tatami/protocols/vsock"
+)
+
+// backlog is how many connections of one sandbox wait to be accepted; more are
+// closed, so that a sandbox that is slow to serve holds up no other.
+const backlog = 16
+
+// ports listens for sandboxes. An address on the file system belongs to one
+// sandbox. A port of AF_VSOCK is shared by all virtual machines of the node:
+// there the peer's context ID, which the kernel tells and a guest cannot
+// forge, decides whose a connection is.
+type ports struct {
+	bind func(addr string) (net.Listener, error)
+	peer func(net.Conn) (cid uint32, ok bool)
+	wg   sync.WaitGroup // shared ports being served
+
+	mu     sync.Mutex
+	shared map[string]*port // by address; protected by mu
+}
+
+// port is one shared port.
+type port struct {
+	listener net.Listener
+	routes   map[uint32]*route // protected by ports.mu
+}
+
+func newPorts(bind func(string) (net.Listener, error), peer func(net.Conn) (uint32, bool)) *ports {
+	return &ports{bind: bind, peer: peer, shared: map[string]*port{}}
+}
+
+// wait returns when all shared ports are closed.
+func (p *ports) wait() { p.wg.Wait() }
+
+// listen returns a listener that accepts one sandbox.
+func (p *ports) listen(addr string, cid uint32) (net.Listener, error) {
+	a, err := vsock.ParseAddress(addr)
+	if err != nil {
+		return nil, err
+	}
+	if a.Network != vsock.VSock {
+		return p.bind(addr)
+	}
+	if cid == 0 {
+		return nil, fmt.Errorf("listen on %s: the port is shared, give the cid of the sandbox: %w", addr, errdefs.ErrInvalidArgument)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	shared, err := p.open(addr)
+	if err != nil {
+		return nil, err
+	}
+	if _, ok := shared.routes[cid]; ok {
+		return nil, fmt.Errorf("listen on %s: cid %d is another sandbox's: %w", addr, cid, errdefs.ErrAlreadyExists)
+	}
+	r := &route{p: p, addr: addr, cid: cid, at: shared.listener.Addr(), conns: make(chan net.Conn, backlog), done: make(chan struct{})}
+	shared.routes[cid] = r
+	return r, nil
+}
+
+// open returns the shared port of an address. Precondition: p.mu is held.
+func (p *ports) open(addr string) (*port, error) {
+	if shared, ok := p.shared[addr]; ok {
+		return shared, nil
+	}
+	l, err := p.bind(addr)
+	if err != nil {
+		return nil, err
+	}
+	shared := &port{listener: l, routes: map[uint32]*route{}}
+	p.shared[addr] = shared
+	p.wg.Go(func() { p.serve(shared) })
+	return shared, nil
+}
+
+// serve hands out connections until the port is closed.
+func (p *ports) serve(shared *port) {
+	for {
+		c, err := shared.listener.Accept()
+		if err != nil {
+			p.fail(shared)
+			return
+		}
+		if !p.deliver(shared, c) {
+			_ = c.Close() // refused, or nobody's
+		}
+	}
+}
+
+func (p *ports) deliver(shared *port, c net.Conn) bool {
+	cid, ok := p.peer(c)
+	if !ok {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r := shared.routes[cid]
+	if r == nil {
+		return false
+	}
+	select {
+	case r.conns <- c:
+		return true
+	default:
+		return false
+	}
+}
+
+// fail ends the routes of a port that accepts no more.
+func (p *ports) fail(shared *port) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, r := range shared.routes {
+		p.remove(r)
+	}
+}
+
+// remove ends a route, and with its last one the port. Precondition: p.mu is
+// held.
+func (p *ports) remove(r *route) {
+	shared := p.shared[r.addr]
+	if shared == nil || shared.routes[r.cid] != r {
+		return
+	}
+	delete(shared.routes, r.cid)
+	close(r.done)
+	for range len(r.conns) {
+		_ = (<-r.conns).Close() // never served
+	}
+	if len(shared.routes) == 0 {
+		delete(p.shared, r.addr)
+		_ = shared.listener.Close() // what is left of it is of no use
+	}
+}
+
+// route is a sandbox's share of a port.
+type route struct {
+	p     *ports
+	addr  string
+	cid   uint32
+	at    net.Addr
+	conns chan net.Conn
+	done  chan struct{} // closed by remove
+}
+
+// Accept implements net.Listener.
+func (r *route) Accept() (net.Conn, error) {
+	select {
+	case c := <-r.conns:
+		return c, nil
+	case <-r.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener.
+func (r *route) Close() error {
+	r.p.mu.Lock()
+	defer r.p.mu.Unlock()
+	r.p.remove(r)
+	return nil
+}
+
+// Addr implements net.Listener.
+func (r *route) Addr() net.Addr { return r.at }

@@ -1,0 +1,138 @@
+package service
+
+import (
+	"errors"
+	"io"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/containerd/errdefs"
+)
+
+// peerConn is a connection of a virtual machine, as AF_VSOCK would show it.
+type peerConn struct {
+	net.Conn
+	cid uint32
+}
+
+// fakePort accepts what connect gives it.
+type fakePort struct {
+	conns chan net.Conn
+	done  chan struct{}
+	once  sync.Once
+}
+
+func (f *fakePort) Accept() (net.Conn, error) {
+	select {
+	case c := <-f.conns:
+		return c, nil
+	case <-f.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (f *fakePort) Close() error   { f.once.Do(func() { close(f.done) }); return nil }
+func (f *fakePort) Addr() net.Addr { return &net.UnixAddr{Name: "port"} }
+
+// connect returns the guest's end.
+func (f *fakePort) connect(cid uint32) net.Conn {
+	guest, host := net.Pipe()
+	f.conns <- peerConn{host, cid}
+	return guest
+}
+
+func newFakePorts() (*ports, func() *fakePort) {
+	bound := make(chan *fakePort, 8)
+	bind := func(string) (net.Listener, error) {
+		f := &fakePort{conns: make(chan net.Conn), done: make(chan struct{})}
+		bound <- f
+		return f, nil
+	}
+	peer := func(c net.Conn) (uint32, bool) {
+		p, ok := c.(peerConn)
+		return p.cid, ok
+	}
+	return newPorts(bind, peer), func() *fakePort { return <-bound }
+}
+
+func closedByPeer(t *testing.T, c net.Conn) {
+	t.Helper()
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("read from a refused connection: %v", err)
+	}
+}
+
+// Virtual machines share a port; each connection goes to the sandbox that the
+// kernel says it is from, and to no other.
+func TestSharedPort(t *testing.T) {
+	p, bound := newFakePorts()
+	three, err := p.listen("vsock:2111", 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	four, err := p.listen("vsock:2111", 4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := bound()
+	if _, err := p.listen("vsock:2111", 3); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("a cid twice: %v", err)
+	}
+	closedByPeer(t, port.connect(5))
+	port.connect(4)
+	port.connect(3)
+	for want, l := range map[uint32]net.Listener{3: three, 4: four} {
+		c, err := l.Accept()
+		if err != nil || c.(peerConn).cid != want {
+			t.Errorf("accepted %v, %v for cid %d", c, err, want)
+		}
+	}
+	// One that nobody accepts from does not hold up the other.
+	var waiting []net.Conn
+	for range backlog {
+		waiting = append(waiting, port.connect(3))
+	}
+	closedByPeer(t, port.connect(3))
+	port.connect(4)
+	if _, err := four.Accept(); err != nil {
+		t.Error(err)
+	}
+	if err := three.Close(); err != nil {
+		t.Error(err)
+	}
+	for _, c := range waiting {
+		closedByPeer(t, c)
+	}
+	closedByPeer(t, port.connect(3))
+	if _, err := three.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("accept after close: %v", err)
+	}
+	if err := errors.Join(four.Close(), four.Close()); err != nil {
+		t.Error(err)
+	}
+	<-port.done // closed with its last sandbox
+	p.wait()
+	if _, err := p.listen("vsock:2111", 3); err != nil {
+		t.Errorf("listen again: %v", err)
+	}
+	// A port that breaks ends its sandboxes' listeners.
+	port = bound()
+	_ = port.Close()
+	p.wait()
+	if len(p.shared) != 0 {
+		t.Error("a broken port is kept")
+	}
+}
+
+func TestOwnAddress(t *testing.T) {
+	g := newRig(t)
+	l, err := g.ports.listen("unix:"+filepath.Join(g.dir, "s"), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+}

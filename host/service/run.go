@@ -1,0 +1,179 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/ttrpc"
+	"oras.land/oras-go/v2/registry/remote/auth"
+	"oras.land/oras-go/v2/registry/remote/credentials"
+
+	"github.com/tatami-containers/tatami/host/config"
+	"github.com/tatami-containers/tatami/host/node"
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/protocols/vsock"
+	"github.com/tatami-containers/tatami/rootfs/registry"
+)
+
+// How long calls and answers under way may take when the program ends.
+const (
+	callGrace   = 10 * time.Second
+	answerGrace = 5 * time.Second
+)
+
+// firstGrace is how long a program with IdleExit waits for its first
+// connection.
+const firstGrace = time.Minute
+
+// Run serves the node until ctx ends, or, with IdleExit, until nothing uses it
+// any more. Then it lets calls under way finish, for a while, and makes the
+// store durable.
+func Run(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
+	lock, err := lockRoot(cfg.Root, cfg.Socket)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, lock.Close()) }()
+	client := registry.New(registry.Config{
+		PlainHTTP: registry.PlainHTTPHosts(cfg.Registry.PlainHTTP), Credentials: credentialsOf(cfg.Registry.Credentials),
+		UserAgent: "tatami-host", Log: log, InFlight: cfg.Registry.Ranges,
+	})
+	defer func() { err = errors.Join(err, client.Close()) }()
+	n, err := node.Open(node.Config{Root: cfg.Root, Registry: client, Layers: cfg.Registry.Layers, Log: log})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, n.Close()) }()
+	s := New(Config{
+		Node: n, Class: cfg.Class, Requests: cfg.Relay.Requests, Stall: time.Duration(cfg.Relay.Stall),
+		Sockets: filepath.Join(cfg.Root, "sockets.json"), Log: log,
+	})
+	defer func() {
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerGrace)
+		defer cancel()
+		s.close(grace)
+	}()
+	return s.control(ctx, cfg)
+}
+
+// credentialsOf reads a file in the form of Docker's config.json whenever a
+// registry asks; without one, access is anonymous.
+func credentialsOf(file string) auth.CredentialFunc {
+	if file == "" {
+		return nil
+	}
+	return func(ctx context.Context, host string) (auth.Credential, error) {
+		store, err := credentials.NewStore(file, credentials.StoreOptions{})
+		if err != nil {
+			return auth.EmptyCredential, fmt.Errorf("read credentials %s: %w", file, err)
+		}
+		return credentials.Credential(store)(ctx, host)
+	}
+}
+
+// control serves the control socket until there is a reason to stop.
+func (s *Service) control(ctx context.Context, cfg config.Config) error {
+	l, err := vsock.Listen("unix:" + cfg.Socket)
+	if err != nil {
+		return fmt.Errorf("open the control socket: %w", err)
+	}
+	server, err := newServer()
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	api.RegisterNodeService(server, control{s})
+	tracked := &tracked{Listener: l, idle: make(chan struct{}, 1)}
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(context.WithoutCancel(ctx), tracked) }()
+	s.log.Info("tatami-host serves", "root", cfg.Root, "socket", cfg.Socket, "pid", os.Getpid())
+	s.wait(ctx, cfg.IdleExit, tracked, ended)
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), callGrace)
+	defer cancel()
+	if server.Shutdown(grace) != nil {
+		_ = server.Close() // calls that took too long are cancelled
+	}
+	if err := <-ended; !errors.Is(err, ttrpc.ErrServerClosed) {
+		return fmt.Errorf("serve the control socket: %w", err)
+	}
+	return nil
+}
+
+// wait returns when ctx ends, when the server has ended, or when nothing uses
+// the node any more and exit is set.
+func (s *Service) wait(ctx context.Context, exit bool, t *tracked, ended chan error) {
+	first := time.NewTimer(firstGrace)
+	defer first.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			s.log.Info("tatami-host stops", "reason", context.Cause(ctx))
+			return
+		case err := <-ended:
+			ended <- err
+			return
+		case <-first.C:
+		case <-t.idle:
+		}
+		if exit && t.connections() == 0 && s.attached() == 0 {
+			s.log.Info("tatami-host stops", "reason", "nothing uses it any more")
+			return
+		}
+	}
+}
+
+// tracked tells when the last connection of a listener has closed.
+type tracked struct {
+	net.Listener
+	idle chan struct{} // has one element after the last connection closed
+
+	mu   sync.Mutex
+	open int // protected by mu
+}
+
+func (t *tracked) connections() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.open
+}
+
+// Accept implements net.Listener.
+func (t *tracked) Accept() (net.Conn, error) {
+	c, err := t.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.open++
+	return &trackedConn{Conn: c, t: t}, nil
+}
+
+type trackedConn struct {
+	net.Conn
+	t    *tracked
+	once sync.Once
+}
+
+// Close implements net.Conn.
+func (c *trackedConn) Close() error {
+	err := c.Conn.Close()
+	c.once.Do(func() {
+		c.t.mu.Lock()
+		defer c.t.mu.Unlock()
+		if c.t.open--; c.t.open > 0 {
+			return
+		}
+		select {
+		case c.t.idle <- struct{}{}:
+		default:
+		}
+	})
+	return err
+}

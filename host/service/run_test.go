@@ -1,0 +1,210 @@
+package service
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+
+	"github.com/tatami-containers/tatami/host/config"
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/tests/registrytest"
+)
+
+// daemon is a Run under way.
+type daemon struct {
+	cfg  config.Config
+	stop context.CancelFunc
+	done chan error
+}
+
+func run(t *testing.T, change func(*config.Config)) *daemon {
+	t.Helper()
+	dir := t.TempDir()
+	cfg := config.Default()
+	cfg.Root, cfg.Socket = dir, filepath.Join(dir, "tatami-host.sock")
+	if change != nil {
+		change(&cfg)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	d := &daemon{cfg, stop, make(chan error, 1)}
+	go func() { d.done <- Run(ctx, cfg, slog.New(slog.DiscardHandler)) }()
+	t.Cleanup(stop)
+	return d
+}
+
+// connect waits for the control socket.
+func (d *daemon) connect(t *testing.T) (api.NodeService, *ttrpc.Client) {
+	t.Helper()
+	for {
+		c, err := net.Dial("unix", d.cfg.Socket)
+		if err == nil {
+			client := ttrpc.NewClient(c)
+			t.Cleanup(func() { _ = client.Close() }) // perhaps a second time
+			return api.NewNodeClient(client), client
+		}
+		select {
+		case err := <-d.done:
+			t.Fatalf("the daemon ended: %v", err)
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+func (d *daemon) end(t *testing.T) {
+	t.Helper()
+	if err := <-d.done; err != nil {
+		t.Errorf("run: %v", err)
+	}
+}
+
+// A stopped daemon gives up its root and socket, and the next one has what the
+// first prepared.
+func TestRun(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	layer := registrytest.Must(registrytest.Gzip(registrytest.Must(registrytest.Tar(registrytest.File("a", 0o644, "x")))))
+	reg.PushImage("library/app", "v1", registrytest.Image{Layers: []registrytest.Layer{layer}})
+	req := &api.PrepareRequest{Reference: reg.Host() + "/library/app:v1"}
+	d := run(t, nil)
+	n, _ := d.connect(t)
+	p, err := n.Prepare(t.Context(), req)
+	if err != nil || p.Index != "built" || p.Repository != "library/app" || len(p.Phases) == 0 || len(p.Config) == 0 {
+		t.Fatalf("prepared %v, %v", p, err)
+	}
+	if st, err := os.Stat(d.cfg.Socket); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("control socket %v, %v", st, err)
+	}
+	sandbox := filepath.Join(d.cfg.Root, "vm")
+	if _, err := n.Attach(t.Context(), &api.AttachRequest{Sandbox: "s", HostAddress: "unix:" + sandbox + "h", RelayAddress: "unix:" + sandbox + "r"}); err != nil {
+		t.Fatal(err)
+	}
+	d.stop()
+	d.end(t)
+	for _, path := range []string{d.cfg.Socket, sandbox + "h", sandbox + "r"} {
+		if _, err := os.Lstat(path); err == nil {
+			t.Errorf("%s is left", path)
+		}
+	}
+	again := run(t, func(c *config.Config) { *c = d.cfg })
+	n, _ = again.connect(t)
+	if p, err := n.Prepare(t.Context(), req); err != nil || p.Index != "node" {
+		t.Errorf("after a restart: %v, %v", p, err)
+	}
+	again.stop()
+	again.end(t)
+}
+
+// Errors arrive at the client with their class and text.
+func TestErrorsOverTheSocket(t *testing.T) {
+	d := run(t, nil)
+	n, _ := d.connect(t)
+	_, err := n.Prepare(t.Context(), &api.PrepareRequest{Reference: "!"})
+	if err = errgrpc.ToNative(err); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), `"!"`) {
+		t.Errorf("a bad reference: %v", err)
+	}
+	_, err = n.Detach(t.Context(), &api.DetachRequest{Sandbox: "x"})
+	if err = errgrpc.ToNative(err); !errdefs.IsNotFound(err) {
+		t.Errorf("an unknown sandbox: %v", err)
+	}
+	_, err = n.Remove(t.Context(), &api.RemoveRequest{ManifestDigest: "x"})
+	if err = errgrpc.ToNative(err); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a bad digest: %v", err)
+	}
+	if p, err := n.Progress(t.Context(), &api.ProgressRequest{Reference: "x"}); err != nil || p.Phase != "" {
+		t.Errorf("progress of what is not known: %v, %v", p, err)
+	}
+}
+
+// A second daemon on the same root says who has it.
+func TestSecondHost(t *testing.T) {
+	d := run(t, nil)
+	d.connect(t)
+	other := d.cfg
+	other.Socket += "2"
+	err := Run(t.Context(), other, slog.New(slog.DiscardHandler))
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "pid "+strconv.Itoa(os.Getpid())) || !strings.Contains(err.Error(), d.cfg.Socket) {
+		t.Errorf("error: %v", err)
+	}
+	other.Root = t.TempDir()
+	other.Socket = d.cfg.Socket
+	if err := Run(t.Context(), other, slog.New(slog.DiscardHandler)); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("another root, the same socket: %v", err)
+	}
+	d.connect(t) // the first was not disturbed
+}
+
+// With idle_exit the daemon ends with its last connection, but not while a
+// sandbox is attached.
+func TestIdleExit(t *testing.T) {
+	d := run(t, func(c *config.Config) { c.IdleExit = true })
+	n, first := d.connect(t)
+	_, second := d.connect(t)
+	at := filepath.Join(d.cfg.Root, "vm")
+	if _, err := n.Attach(t.Context(), &api.AttachRequest{Sandbox: "s", HostAddress: "unix:" + at + "h", RelayAddress: "unix:" + at + "r"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n, third := d.connect(t)
+	if _, err := n.Detach(t.Context(), &api.DetachRequest{Sandbox: "s"}); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-d.done:
+		t.Fatalf("ended with a connection open: %v", err)
+	case <-time.After(20 * time.Millisecond):
+	}
+	if err := third.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d.end(t)
+}
+
+// Without it, it stays.
+func TestNoIdleExit(t *testing.T) {
+	d := run(t, nil)
+	_, client := d.connect(t)
+	if err := client.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d.connect(t)
+	d.stop()
+	d.end(t)
+}
+
+// A Prepare under way at the end may finish.
+func TestStopFinishesCalls(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	layer := registrytest.Must(registrytest.Gzip(registrytest.Must(registrytest.Tar(registrytest.File("a", 0o644, "x")))))
+	pushed := reg.PushImage("library/app", "v1", registrytest.Image{Layers: []registrytest.Layer{layer}})
+	blob := pushed.Layers[0].Digest.String()
+	reg.Fault(blob, 1, registrytest.Delay(200*time.Millisecond))
+	d := run(t, nil)
+	n, _ := d.connect(t)
+	called := make(chan error, 1)
+	go func() {
+		_, err := n.Prepare(t.Context(), &api.PrepareRequest{Reference: reg.Host() + "/library/app:v1"})
+		called <- err
+	}()
+	for len(reg.Requests(blob)) == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	d.stop()
+	if err := <-called; err != nil {
+		t.Errorf("the call: %v", err)
+	}
+	d.end(t)
+}
