@@ -18,6 +18,10 @@ import (
 // /etc/group, which are not on the machine where the configuration is made.
 const UserAnnotation = "dev.tatami.image.user"
 
+// specVersion is the oldest version of the specification that has all that Spec
+// uses; crun 1.8 refuses versions that it does not know.
+const specVersion = "1.0.2"
+
 const defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // capabilities are what containerd and Docker leave to a container by default
@@ -38,7 +42,7 @@ func Spec(img ocispec.ImageConfig, args []string, hostname string) (*specs.Spec,
 		return nil, fmt.Errorf("the image has neither entrypoint nor command; name one behind --: %w", errdefs.ErrInvalidArgument)
 	}
 	s := &specs.Spec{
-		Version:  specs.Version,
+		Version:  specVersion,
 		Hostname: hostname,
 		Root:     &specs.Root{Path: "rootfs"},
 		Process: &specs.Process{
@@ -46,7 +50,6 @@ func Spec(img ocispec.ImageConfig, args []string, hostname string) (*specs.Spec,
 			Env:          environment(img.Env),
 			Cwd:          workingDir(img.WorkingDir),
 			Capabilities: &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities},
-			Rlimits:      []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: 1024 * 1024, Soft: 1024}},
 		},
 		Mounts: mounts(),
 		Linux:  linux(),

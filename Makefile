@@ -1,0 +1,67 @@
+# Tatami. `make run` shows it at work, `make test` tests it; both install what
+# they need on Debian and want root. `make help` lists the rest.
+
+export GOTOOLCHAIN ?= auto
+export PATH := $(PATH):/usr/local/go/bin
+MODULE := github.com/tatami-containers/tatami
+CACHE  ?= $(CURDIR)/.cache
+BIN    := $(CURDIR)/bin
+LINT   := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+
+# What `make run` starts: any reference, and the words of its command.
+IMAGE ?=
+CMD   ?=
+
+GOFLAGS_STATIC := -trimpath -ldflags '-s -w'
+PROTOS := cdh/cdh.proto v1/guest.proto v1/runner.proto v1/host.proto
+FUZZTIME ?= 10s
+
+.PHONY: help build setup run test check vet lint generate check-generate fuzz bench clean
+
+help:
+	@echo 'make run        a container in a real VM from an image that is not there yet,'
+	@echo '                against a full pull in the guest; IMAGE=ref CMD="words" for your own'
+	@echo 'make test       all tests: root, FUSE, loop devices, QEMU'
+	@echo 'make build      bin/tatami, bin/tatami-host, bin/tatami-guest'
+	@echo 'make bench      the measurements of README.md'
+	@echo 'make check      what needs no privileges: build, vet, lint, generated code'
+	@echo 'make fuzz       every fuzz target for FUZZTIME (10s)'
+
+build:
+	CGO_ENABLED=0 go build $(GOFLAGS_STATIC) -o $(BIN)/ ./tools/cmd/tatami ./host/cmd/tatami-host ./guest/cmd/tatami-guest
+
+setup:
+	@tools/setup.sh
+
+run: setup build
+	@CACHE=$(CACHE) IMAGE='$(IMAGE)' tools/demo/run.sh $(CMD)
+
+test: setup build
+	go vet ./...
+	go test -race -timeout 40m $(GOTESTFLAGS) ./...
+
+vet:
+	go vet ./...
+
+lint:
+	go run $(LINT) run ./...
+
+check: build vet lint check-generate
+
+generate:
+	@mkdir -p $(CACHE)/protoc
+	go build -o $(CACHE)/protoc/ google.golang.org/protobuf/cmd/protoc-gen-go github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc
+	PATH=$(CACHE)/protoc:$$PATH protoc -I protocols/imageservice \
+		--go_out=. --go_opt=module=$(MODULE) --go-ttrpc_out=. --go-ttrpc_opt=module=$(MODULE) $(PROTOS)
+
+check-generate: generate
+	git diff --exit-code -- '*.pb.go'
+
+fuzz:
+	tools/fuzz.sh $(FUZZTIME)
+
+bench: setup build
+	@CACHE=$(CACHE) tools/bench.sh
+
+clean:
+	rm -rf $(BIN) $(CACHE)

@@ -1,0 +1,154 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tatami-containers/tatami/tests/registrytest"
+)
+
+// patience bounds one command; nothing here is to take so long.
+const patience = 5 * time.Minute
+
+// rig is a registry and a node.
+type rig struct {
+	t    *testing.T
+	reg  *registrytest.Server
+	root string // of the node
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	r := &rig{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir()}
+	before := mounts(t)
+	t.Cleanup(func() {
+		if left := newMounts(before, mounts(t)); len(left) > 0 {
+			t.Errorf("left mounted:\n%s", strings.Join(left, "\n"))
+		}
+		if out, err := exec.Command("pgrep", "-af", "qemu-system.*"+filepath.Base(r.root)).Output(); err == nil { //nolint:noctx // a quick look
+			t.Errorf("virtual machines left:\n%s", out)
+		}
+	})
+	return r
+}
+
+// ref names an image of the rig's registry.
+func (r *rig) ref(name string) string { return r.reg.Host() + "/" + name }
+
+// result of a command.
+type result struct {
+	stdout, stderr string
+	code           int
+	report         report
+}
+
+// report is the part of tatami's report that the tests look at.
+type report struct {
+	Digest  string `json:"manifest_digest"`
+	Index   string `json:"index"`
+	Fetched int64  `json:"fetched"`
+	Guest   struct {
+		VerifyFailures int64            `json:"verify_failures"`
+		Sources        map[string]int64 `json:"source_bytes"`
+	} `json:"guest"`
+}
+
+// job is one `tatami run`.
+type job struct {
+	vm      string // "qemu" or "none"
+	flags   []string
+	image   string
+	command []string
+	stdin   io.Reader
+	root    string // of the node; the rig's own when empty
+}
+
+func (r *rig) command(ctx context.Context, j job) (*exec.Cmd, string) {
+	r.t.Helper()
+	root := j.root
+	if root == "" {
+		root = r.root
+	}
+	file := filepath.Join(r.t.TempDir(), "report.json")
+	args := []string{"run", "--vm", j.vm, "--root", root, "--format", "json", "--report", file}
+	args = append(args, j.flags...)
+	args = append(args, j.image)
+	if len(j.command) > 0 {
+		args = append(append(args, "--"), j.command...)
+	}
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "tatami"), args...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 30 * time.Second
+	cmd.Stdin = j.stdin
+	return cmd, file
+}
+
+// run runs a job to its end.
+func (r *rig) run(j job) result {
+	r.t.Helper()
+	ctx, cancel := context.WithTimeout(r.t.Context(), patience)
+	defer cancel()
+	cmd, file := r.command(ctx, j)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		r.t.Fatalf("%v: %v\n%s", cmd, err, errs.String())
+	}
+	res := result{stdout: out.String(), stderr: errs.String(), code: cmd.ProcessState.ExitCode()}
+	if b, err := os.ReadFile(file); err == nil {
+		if err := json.Unmarshal(b, &res.report); err != nil {
+			r.t.Fatalf("report %q: %v", b, err)
+		}
+	}
+	return res
+}
+
+// must runs a job that has to end with exit code 0.
+func (r *rig) must(j job) result {
+	r.t.Helper()
+	res := r.run(j)
+	if res.code != 0 {
+		r.t.Fatalf("exit code %d\nstdout: %s\nstderr: %s\nhost: %s", res.code, res.stdout, res.stderr, r.hostLog())
+	}
+	return res
+}
+
+func (r *rig) hostLog() string {
+	b, _ := os.ReadFile(filepath.Join(r.root, "tatami-host.log"))
+	return string(b[max(0, len(b)-4000):])
+}
+
+func mounts(t *testing.T) []string {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Split(strings.TrimSpace(string(b)), "\n")
+}
+
+// newMounts lists what is mounted now and was not before.
+func newMounts(before, now []string) []string {
+	had := map[string]bool{}
+	for _, m := range before {
+		had[m] = true
+	}
+	var left []string
+	for _, m := range now {
+		if !had[m] {
+			left = append(left, m)
+		}
+	}
+	return left
+}

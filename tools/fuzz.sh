@@ -1,0 +1,10 @@
+#!/bin/sh
+# Runs every fuzz target of the module for the given time each (default 10s).
+set -eu
+time=${1:-10s}
+for dir in $(go list -f '{{.Dir}}' ./...); do
+	for target in $(grep -ohE '^func Fuzz[A-Za-z0-9_]+' "$dir"/*_test.go 2>/dev/null | sed 's/^func //'); do
+		echo "fuzz ${dir#"$PWD"/} $target"
+		(cd "$dir" && go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" .)
+	done
+done

@@ -1,0 +1,144 @@
+package run
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
+
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+)
+
+// hostStart bounds how long a tatami-host may take to open its socket.
+const hostStart = 20 * time.Second
+
+// node is a connection to the control socket of tatami-host.
+type node struct {
+	api.NodeService
+	client *ttrpc.Client
+}
+
+func (n *node) Close() error { return n.client.Close() }
+
+// connectHost uses the tatami-host that listens on o.Socket, or else the one
+// that works on o.Root, or else starts one there. A host that was started this
+// way ends by itself when nobody is connected any more.
+func connectHost(ctx context.Context, o *Options) (*node, error) {
+	if o.Socket != "" {
+		n, err := dialHost(ctx, o.Socket)
+		if err != nil {
+			return nil, fmt.Errorf("connect to tatami-host at %s: %w (is it running?)", o.Socket, err)
+		}
+		return n, nil
+	}
+	socket := filepath.Join(o.Root, "tatami-host.sock")
+	if n, err := dialHost(ctx, socket); err == nil {
+		return n, nil
+	}
+	return startHost(ctx, o, socket)
+}
+
+func dialHost(ctx context.Context, socket string) (*node, error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, err
+	}
+	cl := ttrpc.NewClient(c)
+	return &node{api.NewNodeClient(cl), cl}, nil
+}
+
+func startHost(ctx context.Context, o *Options, socket string) (*node, error) {
+	bin, err := findProgram("tatami-host")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(o.Root, 0o700); err != nil {
+		return nil, fmt.Errorf("make the node's directory: %w", err)
+	}
+	logPath := filepath.Join(o.Root, "tatami-host.log")
+	log, err := os.OpenFile(logPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open the log of tatami-host: %w", err)
+	}
+	defer log.Close()
+	// Not bound to ctx: other runs may come to share the process.
+	cmd := exec.Command(bin, hostArgs(o)...) //nolint:noctx // it outlives this run on purpose and ends when idle
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", bin, err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }() // ends with the process, which ends when idle
+	return waitHost(ctx, socket, logPath, ended)
+}
+
+func hostArgs(o *Options) []string {
+	args := []string{"--root", o.Root, "--idle-exit"}
+	for _, h := range o.PlainHTTP {
+		args = append(args, "--plain-http", h)
+	}
+	return args
+}
+
+// waitHost connects as soon as the new host listens.
+func waitHost(ctx context.Context, socket, logPath string, ended <-chan error) (*node, error) {
+	ctx, cancel := context.WithTimeout(ctx, hostStart)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if n, err := dialHost(ctx, socket); err == nil {
+			return n, nil
+		}
+		select {
+		case <-tick.C:
+		case err := <-ended:
+			return nil, fmt.Errorf("tatami-host ended at its start (%w): %s", orNil(err), tail(logPath))
+		case <-ctx.Done():
+			return nil, fmt.Errorf("tatami-host does not listen on %s after %v: %s: %w", socket, hostStart, tail(logPath), errdefs.ErrUnavailable)
+		}
+	}
+}
+
+func orNil(err error) error {
+	if err == nil {
+		return errors.New("exit code 0")
+	}
+	return err
+}
+
+// tail returns the last lines of a log, for an error message.
+func tail(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return strings.Join(lines[max(0, len(lines)-3):], "\n")
+}
+
+// findProgram looks for one of our programs beside this one, then in PATH.
+func findProgram(name string) (string, error) {
+	if self, err := os.Executable(); err == nil {
+		p := filepath.Join(filepath.Dir(self), name)
+		if st, err := os.Stat(p); err == nil && st.Mode().IsRegular() {
+			return p, nil
+		}
+	}
+	p, err := exec.LookPath(name)
+	if err != nil {
+		return "", fmt.Errorf("%s is neither beside tatami nor in PATH; run `make build` or install it: %w", name, errdefs.ErrNotFound)
+	}
+	return p, nil
+}

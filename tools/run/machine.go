@@ -1,0 +1,140 @@
+package run
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/tatami-containers/tatami/protocols/vsock"
+	"github.com/tatami-containers/tatami/tools/initramfs"
+	"github.com/tatami-containers/tatami/tools/vm"
+)
+
+// registryPort is where a guest finds the registry when it pulls by itself.
+const registryPort = 2112
+
+// Modules that the guest needs, and those that only some kernels have.
+var (
+	modules         = []string{"virtio_pci", "vmw_vsock_virtio_transport", "fuse", "erofs", "overlay", "loop"}
+	optionalModules = []string{"virtio_net", "virtio_blk", "virtiofs"}
+)
+
+// machine is a virtual machine whose init is tatami-guest.
+type machine struct {
+	o   *Options
+	dir string // the initramfs and the machine's sockets
+	vm  *vm.VM
+}
+
+func newMachine(o *Options, id string) (*machine, error) {
+	dir, err := os.MkdirTemp("", "tatami-"+id+"-")
+	if err != nil {
+		return nil, fmt.Errorf("make the sandbox's directory: %w", err)
+	}
+	return &machine{o: o, dir: dir}, nil
+}
+
+func (m *machine) start(ctx context.Context) error {
+	kernel, err := vm.FindKernel(m.o.Kernel)
+	if err != nil {
+		return err
+	}
+	initrd := filepath.Join(m.dir, "initrd")
+	if err := buildInitrd(initrd, kernel); err != nil {
+		return err
+	}
+	m.vm, err = vm.Start(ctx, vm.Config{
+		Kernel: kernel, Initrd: initrd, Cmdline: m.cmdline(),
+		MemoryMiB: m.o.MemoryMiB, CPUs: m.o.CPUs, Accel: accel(m.o.Accel),
+		Dir: m.dir, Log: m.o.Log,
+	})
+	return err
+}
+
+func accel(name string) vm.Accel {
+	if name == "auto" {
+		return vm.AccelAuto
+	}
+	return vm.Accel(name)
+}
+
+// buildInitrd writes an archive with tatami-guest as init, the kernel's modules
+// and an OCI runtime of this machine.
+func buildInitrd(file string, kernel vm.Kernel) error {
+	guest, err := findProgram("tatami-guest")
+	if err != nil {
+		return err
+	}
+	runtime, err := findRuntime()
+	if err != nil {
+		return err
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		return fmt.Errorf("create the initramfs: %w", err)
+	}
+	defer f.Close()
+	return initramfs.Build(f, initramfs.Config{
+		Init: guest, ModuleDir: kernel.Modules, Modules: modules, OptionalModules: optionalModules,
+		Binaries: []string{runtime},
+	})
+}
+
+// findRuntime prefers crun, which starts in a fraction of runc's time.
+func findRuntime() (string, error) {
+	for _, name := range []string{"crun", "runc"} {
+		if path, err := exec.LookPath(name); err == nil {
+			return filepath.Abs(path)
+		}
+	}
+	return "", fmt.Errorf("neither crun nor runc is in PATH; install one of them")
+}
+
+// cmdline configures the daemon in the guest.
+func (m *machine) cmdline() string {
+	args := []string{"tatami.runner=true", "tatami.cdh_socket=", "tatami.mount_path=" + m.o.MountPath}
+	if m.o.Keep != "" {
+		args = append(args, "tatami.store_dir="+m.o.Keep)
+	}
+	if m.o.Mode == Full {
+		args = append(args, "tatami.registry=true", fmt.Sprintf("tatami.registry_address=vsock:%d:%d", vsock.HostCID, registryPort),
+			"tatami.plain_http="+strings.Join(m.o.PlainHTTP, ","))
+	} else {
+		args = append(args, "tatami.registry=false")
+	}
+	return strings.Join(args, " ")
+}
+
+func (m *machine) addresses() addresses {
+	return addresses{
+		guest: m.vm.GuestAddress(vsock.GuestPort), streams: m.vm.GuestAddress(vsock.StreamPort),
+		host: m.vm.HostAddress(vsock.HostPort), relay: m.vm.HostAddress(vsock.RelayPort),
+		registry: m.vm.HostAddress(registryPort), cid: m.vm.CID(),
+	}
+}
+
+// target is on the guest's own tmpfs.
+func (m *machine) target() string { return "/run/tatami-containers/rootfs" }
+
+func (m *machine) kind() string { return string(m.vm.Accel()) }
+
+func (m *machine) done() <-chan struct{} { return m.vm.Done() }
+
+func (m *machine) reason() error {
+	console := strings.Split(strings.TrimSpace(m.vm.Console()), "\n")
+	tail := strings.Join(console[max(0, len(console)-10):], "\n")
+	if err := m.vm.Err(); err != nil {
+		return fmt.Errorf("%w\n%s", err, tail)
+	}
+	return fmt.Errorf("the virtual machine powered off; its console ends with\n%s", tail)
+}
+
+func (m *machine) close(context.Context) error {
+	if m.vm != nil {
+		_ = m.vm.Close() // a machine that died has told already why it did
+	}
+	return os.RemoveAll(m.dir)
+}
