@@ -48,9 +48,10 @@ func (o Options) span(size int64) int64 {
 // the blob are known only then. On error it may have to wait for a Read of r to
 // return.
 //
-// Errors: ErrInvalidArgument for a media type or a tar that is not supported or
-// not valid, ErrDataLoss for a blob that is not the one described or does not
-// inflate; those of r, seg and ctx as they are.
+// Errors: ErrDataLoss for a blob that is not the one described (another copy may
+// be right) or that does not inflate, ErrInvalidArgument for a media type or, in
+// the right blob, a tar that is not supported or not valid; those of r, seg and
+// ctx as they are.
 func Build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opts Options) (*index.Layer, error) {
 	l, err := build(ctx, r, desc, seg, opts)
 	if err != nil {
@@ -86,17 +87,36 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 	case bytes.Equal(head[:n], []byte{0x28, 0xb5, 0x2f, 0xfd}):
 		return nil, errZstd("the blob's compression")
 	case !gzip.IsGzip(head[:n]):
-		return b.scan(whole, index.Tar)
+		l, err := b.scan(whole, index.Tar)
+		return l, blame(err, whole)
 	}
 	z := new(gzip.Pool).NewReader(whole)
 	z.Record(opts.span(desc.Size))
-	l, err := b.scan(startAhead(ctx, &stages, z), index.Gzip)
+	plain := startAhead(ctx, &stages, z)
+	l, err := b.scan(plain, index.Gzip)
 	if err != nil {
-		return nil, err
+		return nil, blame(err, plain, whole)
 	}
 	stages.Wait()
 	l.Access.Checkpoints = z.Checkpoints()
 	return l, nil
+}
+
+// blame finds out whether content that makes no sense is the publisher's fault:
+// it reads the rest, stage by stage, and if the blob turns out to be another
+// one than described says so instead.
+func blame(err error, rest ...io.Reader) error {
+	if !errdefs.IsInvalidArgument(err) && !errdefs.IsDataLoss(err) {
+		return err
+	}
+	var blobErr error // of the last stage, the blob; others' only follow from err
+	for _, r := range rest {
+		_, blobErr = io.Copy(io.Discard, r)
+	}
+	if blobErr != nil {
+		return blobErr
+	}
+	return err
 }
 
 // builder turns a tar stream into a layer.

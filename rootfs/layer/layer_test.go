@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -36,29 +38,38 @@ func content(n int) []byte {
 
 // sizes of files around every boundary that matters.
 func sizes() []int {
-	s := []int{0, 1, 511, 512, 4095, 4096, 4097, 65535, 65536, 65537, 3 << 20, 200_000, 0, 7}
-	for i := range 200 {
+	s := []int{0, 1, 511, 512, 4095, 4096, 4097, 65535, 65536, 65537, 2 << 20, 200_000, 0, 7}
+	for i := range 150 {
 		s = append(s, i*37)
 	}
 	return s
 }
 
-// makeTar is a layer with a file of every size, and one that is mostly zeros.
-func makeTar(tb testing.TB) []byte {
-	tb.Helper()
+// sampleTar and sampleGzip are made once, for that takes longer than most tests.
+var (
+	sampleTar  = sync.OnceValue(writeTar)
+	sampleGzip = sync.OnceValue(func() []byte { return compress(sampleTar(), 1) })
+)
+
+// must is for writes to memory, which do not fail.
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+// writeTar is a layer with a file of every size, and one that is mostly zeros.
+func writeTar() []byte {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	write := func(h *tar.Header, data []byte) {
 		h.Mode, h.Size = 0o644, int64(len(data))
-		if err := w.WriteHeader(h); err != nil {
-			tb.Fatal(err)
-		}
-		if _, err := w.Write(data); err != nil {
-			tb.Fatal(err)
-		}
+		must(w.WriteHeader(h))
+		_, err := w.Write(data)
+		must(err)
 	}
 	write(&tar.Header{Name: "usr/", Typeflag: tar.TypeDir}, nil)
-	all := content(3 << 20)
+	all := content(2 << 20)
 	for i, n := range sizes() {
 		write(&tar.Header{Name: fmt.Sprintf("usr/%d", i)}, all[:n])
 		write(&tar.Header{Name: fmt.Sprintf("usr/link%d", i), Typeflag: tar.TypeLink, Linkname: fmt.Sprintf("usr/%d", i)}, nil)
@@ -66,23 +77,17 @@ func makeTar(tb testing.TB) []byte {
 	zeros := make([]byte, 1<<20)
 	zeros[700_000] = 1
 	write(&tar.Header{Name: "zeros"}, zeros)
-	if err := w.Close(); err != nil {
-		tb.Fatal(err)
-	}
+	must(w.Close())
 	return b.Bytes()
 }
 
-func compress(tb testing.TB, plain []byte, members int) []byte {
-	tb.Helper()
+func compress(plain []byte, members int) []byte {
 	var b bytes.Buffer
 	for i := range members {
 		w := stdgzip.NewWriter(&b)
-		if _, err := w.Write(plain[len(plain)*i/members : len(plain)*(i+1)/members]); err != nil {
-			tb.Fatal(err)
-		}
-		if err := w.Close(); err != nil {
-			tb.Fatal(err)
-		}
+		_, err := w.Write(plain[len(plain)*i/members : len(plain)*(i+1)/members])
+		must(err)
+		must(w.Close())
 	}
 	return b.Bytes()
 }
@@ -141,13 +146,13 @@ func (s *segmentBuffer) WriteZeros(n int64) error {
 }
 
 func TestBuild(t *testing.T) {
-	plain := makeTar(t)
+	plain := sampleTar()
 	blobs := map[string][]byte{
 		"tar":               plain,
 		"tar with padding":  append(bytes.Clone(plain), make([]byte, 5000)...),
-		"gzip":              compress(t, plain, 1),
-		"gzip, many":        compress(t, plain, 40),
-		"gzip with padding": compress(t, append(bytes.Clone(plain), make([]byte, 500_000)...), 1),
+		"gzip":              sampleGzip(),
+		"gzip, many":        compress(plain, 40),
+		"gzip with padding": compress(append(bytes.Clone(plain), make([]byte, 500_000)...), 1),
 	}
 	var first *index.Layer
 	for name, blob := range blobs {
@@ -168,6 +173,9 @@ func TestBuild(t *testing.T) {
 			}
 			if name == "tar with padding" && l.DiffID != l.Blob || l.DiffID != wantDiff {
 				t.Errorf("diffID %s, want %s", l.DiffID, wantDiff)
+			}
+			if err := l.Validate(); err != nil {
+				t.Error(err)
 			}
 			checkTable(t, &l.Table, seg.Bytes())
 			checkFiles(t, l, seg.Bytes())
@@ -210,7 +218,7 @@ func checkTable(t *testing.T, table *index.Table, seg []byte) {
 
 func checkFiles(t *testing.T, l *index.Layer, seg []byte) {
 	t.Helper()
-	all := content(3 << 20)
+	all := content(2 << 20)
 	for i, n := range sizes() {
 		e := l.Entries[1+2*i]
 		if e.Path != fmt.Sprintf("usr/%d", i) || e.Size != int64(n) || !bytes.Equal(seg[e.Off:e.Off+e.Size], all[:n]) {
@@ -254,7 +262,7 @@ func checkReader(t *testing.T, l *index.Layer, blob, seg []byte) {
 		}
 	}
 	rnd := newRand()
-	for i := range 300 {
+	for i := range 100 {
 		n := rnd.IntN(100 << (i % 13))
 		read(rnd.IntN(len(seg)-n), n)
 	}
@@ -268,8 +276,7 @@ func checkReader(t *testing.T, l *index.Layer, blob, seg []byte) {
 
 // TestReaderAsksForLittle holds what the checkpoints are for.
 func TestReaderAsksForLittle(t *testing.T) {
-	plain := makeTar(t)
-	blob := compress(t, plain, 1)
+	blob := sampleGzip()
 	var seg bytes.Buffer
 	l, err := layer.Build(t.Context(), bytes.NewReader(blob), describe(blob), &seg, layer.Options{Span: 100_000})
 	if err != nil {
@@ -277,8 +284,8 @@ func TestReaderAsksForLittle(t *testing.T) {
 	}
 	b := &memoryBlob{data: blob}
 	r := layer.NewReader(l, b)
-	big := l.Entries[1+2*10] // the file of 3 MiB
-	s, err := r.Open(t.Context(), big.Off+1<<20, 64<<10)
+	big := l.Entries[1+2*10] // the file of 2 MiB
+	s, err := r.Open(t.Context(), big.Off+1<<19, 64<<10)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -301,7 +308,7 @@ func TestReaderAsksForLittle(t *testing.T) {
 }
 
 func TestOpenErrors(t *testing.T) {
-	blob := compress(t, makeTar(t), 1)
+	blob := sampleGzip()
 	l, err := layer.Build(t.Context(), bytes.NewReader(blob), describe(blob), io.Discard, layer.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -331,14 +338,16 @@ func TestOpenErrors(t *testing.T) {
 }
 
 func TestBuildErrors(t *testing.T) {
-	plain := makeTar(t)
-	gz := compress(t, plain, 1)
-	garbage := compress(t, content(5000), 1)
+	plain := sampleTar()
+	gz := sampleGzip()
+	garbage := compress(content(5000), 1)
 	flipped := bytes.Clone(gz)
 	flipped[len(flipped)/2] ^= 4
+	broke := bytes.Clone(gz)
+	broke[10] |= 6 // no such type of block
 	broken := errors.New("connection reset")
 	zstd := append([]byte{0x28, 0xb5, 0x2f, 0xfd}, make([]byte, 100)...)
-	cut := compress(t, plain[:100_000], 1)
+	cut := compress(plain[:100_000], 1)
 	cases := []struct {
 		name string
 		r    io.Reader
@@ -346,14 +355,15 @@ func TestBuildErrors(t *testing.T) {
 		is   func(error) bool
 		says string
 	}{
-		{"another blob", bytes.NewReader(compress(t, plain, 2)), describe(gz), errdefs.IsDataLoss, ""},
+		{"another blob", bytes.NewReader(compress(plain, 2)), describe(gz), errdefs.IsDataLoss, "bytes"},
 		{"another blob of that size", bytes.NewReader(plain), withDigest(describe(plain), digest.FromString("x")), errdefs.IsDataLoss, "another digest"},
-		{"one bit", bytes.NewReader(flipped), describe(gz), errdefs.IsDataLoss, ""},
+		{"one bit", bytes.NewReader(flipped), describe(gz), errdefs.IsDataLoss, "another digest"},
 		{"truncated", bytes.NewReader(gz[:len(gz)-100]), describe(gz), errdefs.IsDataLoss, "ends after"},
 		{"truncated tar", bytes.NewReader(plain[:len(plain)-512]), describe(plain), errdefs.IsDataLoss, "ends after"},
 		{"empty", strings.NewReader(""), describe(gz), errdefs.IsDataLoss, "ends after 0"},
 		{"too long", io.MultiReader(bytes.NewReader(plain), strings.NewReader("x")), describe(plain), errdefs.IsDataLoss, "longer"},
-		{"corrupt gzip", bytes.NewReader(flipped), describe(flipped), errdefs.IsDataLoss, ""},
+		{"corrupt gzip", bytes.NewReader(broke), describe(broke), errdefs.IsDataLoss, "gzip"},
+		{"garbage in another blob", bytes.NewReader(garbage), withDigest(describe(garbage), describe(gz).Digest), errdefs.IsDataLoss, "another digest"},
 		{"gzip of no tar", bytes.NewReader(garbage), describe(garbage), errdefs.IsInvalidArgument, "checksum"},
 		{"gzip of half a tar", bytes.NewReader(cut), describe(cut), errdefs.IsInvalidArgument, "EOF"},
 		{"source", io.MultiReader(bytes.NewReader(gz[:9000]), iotest.ErrReader(broken)), describe(gz), func(err error) bool { return errors.Is(err, broken) }, ""},
@@ -376,7 +386,7 @@ func withDigest(d layer.Descriptor, to digest.Digest) layer.Descriptor {
 
 func TestBuildSegmentError(t *testing.T) {
 	full := errors.New("no space left on device")
-	for _, blob := range [][]byte{makeTar(t), compress(t, makeTar(t), 1)} {
+	for _, blob := range [][]byte{sampleTar(), sampleGzip()} {
 		r, w := io.Pipe()
 		if err := r.CloseWithError(full); err != nil {
 			t.Fatal(err)
@@ -389,7 +399,7 @@ func TestBuildSegmentError(t *testing.T) {
 
 // TestBuildCancelled holds that Build ends with its context.
 func TestBuildCancelled(t *testing.T) {
-	blob := compress(t, makeTar(t), 1)
+	blob := sampleGzip()
 	ctx, cancel := context.WithCancel(t.Context())
 	r := io.MultiReader(bytes.NewReader(blob[:100_000]), readerFunc(func([]byte) (int, error) {
 		cancel()
@@ -432,11 +442,47 @@ func TestMediaTypes(t *testing.T) {
 }
 
 func TestBuildEmpty(t *testing.T) {
-	for _, blob := range [][]byte{nil, make([]byte, 1024), compress(t, nil, 1)} {
+	for _, blob := range [][]byte{nil, make([]byte, 1024), compress(nil, 1)} {
 		l, err := layer.Build(t.Context(), bytes.NewReader(blob), describe(blob), io.Discard, layer.Options{})
 		if err != nil || len(l.Entries) != 0 || l.Table.Size != 0 {
 			t.Errorf("%d bytes: %+v, %v", len(blob), l, err)
 		}
+	}
+}
+
+// TestBuildMemory streams a layer larger than what Build may hold.
+func TestBuildMemory(t *testing.T) {
+	const size, limit = 64 << 20, 24 << 20
+	var head bytes.Buffer
+	if err := tar.NewWriter(&head).WriteHeader(&tar.Header{Name: "large", Size: size}); err != nil {
+		t.Fatal(err)
+	}
+	data := content(1 << 20)
+	parts := []io.Reader{bytes.NewReader(head.Bytes())}
+	for range size / len(data) {
+		parts = append(parts, bytes.NewReader(data))
+	}
+	sum := digest.Canonical.Digester()
+	for _, b := range append([][]byte{head.Bytes()}, slices.Repeat([][]byte{data}, size/len(data))...) {
+		sum.Hash().Write(b)
+	}
+	desc := layer.Descriptor{Digest: sum.Digest(), Size: int64(head.Len()) + size}
+	runtime.GC()
+	var before runtime.MemStats
+	runtime.ReadMemStats(&before)
+	peak := uint64(0)
+	_, err := layer.Build(t.Context(), io.MultiReader(parts...), desc, io.Discard, layer.Options{Progress: func(n int64) {
+		if n%(16<<20) < 1<<16 {
+			var now runtime.MemStats
+			runtime.ReadMemStats(&now)
+			peak = max(peak, now.HeapAlloc)
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if peak == 0 || peak > before.HeapAlloc+limit {
+		t.Errorf("heap grew by %d bytes", int64(peak)-int64(before.HeapAlloc))
 	}
 }
 
@@ -455,7 +501,7 @@ func BenchmarkBuild(b *testing.B) {
 	if err := w.Close(); err != nil {
 		b.Fatal(err)
 	}
-	for name, blob := range map[string][]byte{"tar": plain.Bytes(), "gzip": compress(b, plain.Bytes(), 1)} {
+	for name, blob := range map[string][]byte{"tar": plain.Bytes(), "gzip": compress(plain.Bytes(), 1)} {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(int64(plain.Len()))
 			b.ReportAllocs()

@@ -45,25 +45,24 @@ func TestBadInput(t *testing.T) {
 		flags []string
 		cmd   []string
 		want  []string // all of them in the message
-		code  int
 	}{
-		{"unknown tag", r.ref("good:v2"), nil, nil, []string{"good:v2", "not found"}, 125},
-		{"unknown digest", r.ref("good@" + missing.String()), nil, nil, []string{missing.String(), "not found"}, 125},
-		{"not a reference", "Not/A Reference", nil, nil, []string{"Not/A Reference"}, 2},
-		{"unreachable registry", "127.0.0.1:1/x:y", nil, nil, []string{"127.0.0.1:1", "refused"}, 125},
-		{"truncated layer", r.ref("truncated:v1"), nil, nil, []string{digest.FromBytes(cut.Blob).String()}, 125},
-		{"corrupt layer", r.ref("wrongdigest:v1"), nil, nil, []string{wrong.Layers[0].Digest.String()}, 125},
-		{"unsupported media type", r.ref("zstd:v1"), nil, nil, []string{"zstd"}, 125},
-		{"no command", r.ref("nocommand:v1"), nil, nil, []string{"neither entrypoint nor command"}, 2},
-		{"command not in the image", r.ref("good:v1"), nil, []string{"/bin/nothing"}, []string{"/bin/nothing"}, 125},
-		{"other platform", r.ref("good:v1"), []string{"--platform", "linux/s390x"}, nil, []string{"s390x"}, 125},
-		{"bad flag", r.ref("good:v1"), []string{"--mount-path", "magic"}, nil, []string{"magic", "auto"}, 2},
-		{"no tatami-host there", r.ref("good:v1"), []string{"--host-socket", "/nonexistent/host.sock"}, nil, []string{"/nonexistent/host.sock", "running"}, 125},
+		{"unknown tag", r.ref("good:v2"), nil, nil, []string{"good:v2", "not found"}},
+		{"unknown digest", r.ref("good@" + missing.String()), nil, nil, []string{missing.String(), "not found"}},
+		{"not a reference", "Not/A Reference", nil, nil, []string{"Not/A Reference"}},
+		{"unreachable registry", "127.0.0.1:1/x:y", nil, nil, []string{"127.0.0.1:1", "refused"}},
+		{"truncated layer", r.ref("truncated:v1"), nil, nil, []string{digest.FromBytes(cut.Blob).String()}},
+		{"corrupt layer", r.ref("wrongdigest:v1"), nil, nil, []string{wrong.Layers[0].Digest.String()}},
+		{"unsupported media type", r.ref("zstd:v1"), nil, nil, []string{"zstd"}},
+		{"no command", r.ref("nocommand:v1"), nil, nil, []string{"neither entrypoint nor command"}},
+		{"command not in the image", r.ref("good:v1"), nil, []string{"/bin/nothing"}, []string{"/bin/nothing"}},
+		{"other platform", r.ref("good:v1"), []string{"--platform", "linux/s390x"}, nil, []string{"s390x"}},
+		{"bad flag", r.ref("good:v1"), []string{"--mount-path", "magic"}, nil, []string{"magic", "auto"}},
+		{"no tatami-host there", r.ref("good:v1"), []string{"--host-socket", "/nonexistent/host.sock"}, nil, []string{"/nonexistent/host.sock", "running"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			res := r.run(job{vm: "none", image: c.image, flags: c.flags, command: c.cmd})
-			if res.code != c.code {
-				t.Errorf("exit code %d, want %d", res.code, c.code)
+			if res.code != 125 {
+				t.Errorf("exit code %d", res.code)
 			}
 			for _, w := range c.want {
 				if !strings.Contains(res.stderr, w) {

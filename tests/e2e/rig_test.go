@@ -24,19 +24,27 @@ type rig struct {
 	t    *testing.T
 	reg  *registrytest.Server
 	root string // of the node
+	tmp  string // for temporary files of our programs
 }
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir()}
-	before := mounts(t)
+	tmp, err := os.MkdirTemp("", "e2e-") // short: sockets are below it
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), tmp: tmp}
 	t.Cleanup(func() {
-		if left := newMounts(before, mounts(t)); len(left) > 0 {
+		if left := r.mounts(); len(left) > 0 {
 			t.Errorf("left mounted:\n%s", strings.Join(left, "\n"))
 		}
-		if out, err := exec.Command("pgrep", "-af", "qemu-system.*"+filepath.Base(r.root)).Output(); err == nil { //nolint:noctx // a quick look
+		if out, err := exec.Command("pgrep", "-af", "qemu-system.*"+r.tmp).Output(); err == nil { //nolint:noctx // a quick look
 			t.Errorf("virtual machines left:\n%s", out)
 		}
+		if left, err := os.ReadDir(r.tmp); err != nil || len(left) > 0 {
+			t.Errorf("left in the temporary directory: %v %v", left, err)
+		}
+		_ = os.RemoveAll(r.tmp) // complained of above
 	})
 	return r
 }
@@ -88,6 +96,7 @@ func (r *rig) command(ctx context.Context, j job) (*exec.Cmd, string) {
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "tatami"), args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = 30 * time.Second
+	cmd.Env = append(os.Environ(), "TMPDIR="+r.tmp)
 	cmd.Stdin = j.stdin
 	return cmd, file
 }
@@ -129,26 +138,19 @@ func (r *rig) hostLog() string {
 	return string(b[max(0, len(b)-4000):])
 }
 
-func mounts(t *testing.T) []string {
-	t.Helper()
+// mounts lists what our programs have mounted. Their temporary directories lie
+// in one of the test.
+func (r *rig) mounts() []string {
+	r.t.Helper()
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		t.Fatal(err)
+		r.t.Fatal(err)
 	}
-	return strings.Split(strings.TrimSpace(string(b)), "\n")
-}
-
-// newMounts lists what is mounted now and was not before.
-func newMounts(before, now []string) []string {
-	had := map[string]bool{}
-	for _, m := range before {
-		had[m] = true
-	}
-	var left []string
-	for _, m := range now {
-		if !had[m] {
-			left = append(left, m)
+	var ours []string
+	for line := range strings.Lines(string(b)) {
+		if strings.Contains(line, r.tmp) || strings.Contains(line, r.root) {
+			ours = append(ours, line)
 		}
 	}
-	return left
+	return ours
 }

@@ -14,11 +14,9 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// Exit codes of tatami itself; `run` otherwise returns the container's.
-const (
-	exitUsage  = 2
-	exitFailed = 125 // nothing ran: as other container tools do it
-)
+// exitFailed is the exit code of tatami's own failures, as other container
+// tools have it; `run` otherwise returns the container's.
+const exitFailed = 125
 
 // Streams are the standard streams of the program.
 type Streams struct {
@@ -54,7 +52,7 @@ func Main(ctx context.Context, args []string, s Streams) int {
 		}
 	}
 	fmt.Fprintf(s.Err, "tatami: unknown command %q; `tatami help` lists them\n", args[0])
-	return exitUsage
+	return exitFailed
 }
 
 func report(c command, code int, err error, w io.Writer) int {
@@ -65,9 +63,6 @@ func report(c command, code int, err error, w io.Writer) int {
 		return 0
 	}
 	fmt.Fprintf(w, "tatami %s: %v\n", c.name, err)
-	if errdefs.IsInvalidArgument(err) {
-		return exitUsage
-	}
 	return exitFailed
 }
 

@@ -21,6 +21,9 @@ import (
 // hostStart bounds how long a tatami-host may take to open its socket.
 const hostStart = 20 * time.Second
 
+// otherHost bounds how long the host that was quicker may take to open it.
+const otherHost = 3 * time.Second
+
 // node is a connection to the control socket of tatami-host.
 type node struct {
 	api.NodeService
@@ -65,7 +68,7 @@ func startHost(ctx context.Context, o *Options, socket string) (*node, error) {
 	if err := os.MkdirAll(o.Root, 0o700); err != nil {
 		return nil, fmt.Errorf("make the node's directory: %w", err)
 	}
-	logPath := filepath.Join(o.Root, "tatami-host.log")
+	logPath := hostLog(o.Root)
 	log, err := os.OpenFile(logPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open the log of tatami-host: %w", err)
@@ -83,6 +86,9 @@ func startHost(ctx context.Context, o *Options, socket string) (*node, error) {
 	return waitHost(ctx, socket, logPath, ended)
 }
 
+// hostLog is where a host that a run started logs.
+func hostLog(root string) string { return filepath.Join(root, "tatami-host.log") }
+
 func hostArgs(o *Options) []string {
 	args := []string{"--root", o.Root, "--idle-exit"}
 	for _, h := range o.PlainHTTP {
@@ -91,12 +97,14 @@ func hostArgs(o *Options) []string {
 	return args
 }
 
-// waitHost connects as soon as the new host listens.
+// waitHost connects as soon as a host listens: the new one, or one that another
+// run started at the same time, which makes the new one end.
 func waitHost(ctx context.Context, socket, logPath string, ended <-chan error) (*node, error) {
-	ctx, cancel := context.WithTimeout(ctx, hostStart)
-	defer cancel()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
+	late := time.NewTimer(hostStart)
+	defer late.Stop()
+	cause := fmt.Errorf("tatami-host does not listen on %s after %v: %w", socket, hostStart, errdefs.ErrUnavailable)
 	for {
 		if n, err := dialHost(ctx, socket); err == nil {
 			return n, nil
@@ -104,9 +112,12 @@ func waitHost(ctx context.Context, socket, logPath string, ended <-chan error) (
 		select {
 		case <-tick.C:
 		case err := <-ended:
-			return nil, fmt.Errorf("tatami-host ended at its start (%w): %s", orNil(err), tail(logPath))
+			cause = fmt.Errorf("tatami-host ended at its start (%w)", orNil(err))
+			late.Reset(otherHost)
+		case <-late.C:
+			return nil, fmt.Errorf("%w: %s", cause, tail(logPath))
 		case <-ctx.Done():
-			return nil, fmt.Errorf("tatami-host does not listen on %s after %v: %s: %w", socket, hostStart, tail(logPath), errdefs.ErrUnavailable)
+			return nil, context.Cause(ctx)
 		}
 	}
 }

@@ -77,6 +77,15 @@ func (r *runner) undo(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// unlessGone drops the error of a cleanup whose daemon has ended: with it went
+// what was to be cleaned up.
+func unlessGone(err error) error {
+	if errors.Is(err, ttrpc.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
 func (r *runner) run(ctx context.Context) error {
 	ctx, quiet := r.signals.watch(ctx)
 	defer quiet()
@@ -89,10 +98,23 @@ func (r *runner) run(ctx context.Context) error {
 	ctx, stop := watch(ctx, r.box)
 	defer stop()
 	img, err := r.mount(ctx)
-	if err != nil {
-		return explain(ctx, err)
+	if err == nil {
+		err = r.runContainer(ctx, img)
 	}
-	return explain(ctx, r.runContainer(ctx, img))
+	if errors.Is(err, ttrpc.ErrClosed) {
+		r.awaitEnd(ctx)
+	}
+	return explain(ctx, err)
+}
+
+// awaitEnd gives a sandbox whose connection broke a moment to be seen as ended.
+func (r *runner) awaitEnd(ctx context.Context) {
+	t := time.NewTimer(2 * time.Second)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
 }
 
 // explain prefers the reason why ctx ended (the sandbox died) to what that
@@ -107,6 +129,15 @@ func explain(ctx context.Context, err error) error {
 	return errgrpc.ToNative(err)
 }
 
+// nodeError says what was asked of the node, and what to look at when it is the
+// node that has gone.
+func (r *runner) nodeError(doing string, err error) error {
+	if errors.Is(err, ttrpc.ErrClosed) {
+		return fmt.Errorf("%s: tatami-host has ended; its log may tell why (%s): %w", doing, hostLog(r.o.Root), errdefs.ErrUnavailable)
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}
+
 // connect opens the way to the node.
 func (r *runner) connect(ctx context.Context) error {
 	n, err := connectHost(ctx, &r.o)
@@ -116,7 +147,7 @@ func (r *runner) connect(ctx context.Context) error {
 	r.node = n
 	r.later(func(context.Context) error { return n.Close() })
 	if r.base, err = n.NodeStats(ctx, &api.NodeStatsRequest{}); err != nil {
-		return fmt.Errorf("ask the node for its counters: %w", err)
+		return r.nodeError("ask the node for its counters", err)
 	}
 	r.box, err = newSandbox(&r.o, r.id)
 	if err != nil {
@@ -139,7 +170,7 @@ func (r *runner) prepareAndBoot(ctx context.Context) error {
 	_, err := r.node.AddContainer(ctx, &api.AddContainerRequest{
 		Sandbox: r.id, ContainerId: r.id, Reference: r.o.Image, Platform: r.o.Platform, Class: r.o.Class})
 	if err != nil {
-		return fmt.Errorf("tell the node of the container: %w", err)
+		return r.nodeError("tell the node of the container", err)
 	}
 	return nil
 }
@@ -150,7 +181,7 @@ func (r *runner) prepare(ctx context.Context) error {
 	from := r.t.since()
 	resp, err := r.node.Prepare(ctx, &api.PrepareRequest{Reference: r.o.Image, Platform: r.o.Platform})
 	if err != nil {
-		return fmt.Errorf("prepare %s: %w", r.o.Image, err)
+		return r.nodeError("prepare "+r.o.Image, err)
 	}
 	r.t.remote(from, resp.Phases)
 	r.report.Digest, r.report.Index = resp.ManifestDigest, resp.Index
@@ -179,7 +210,7 @@ func (r *runner) boot(ctx context.Context) error {
 		return err
 	}
 	r.guest = client
-	r.later(func(context.Context) error { return client.Close() })
+	r.later(func(context.Context) error { return unlessGone(client.Close()) })
 	end()
 	return nil
 }
@@ -189,11 +220,11 @@ func (r *runner) boot(ctx context.Context) error {
 func (r *runner) attach(ctx context.Context, a addresses) error {
 	_, err := r.node.Attach(ctx, &api.AttachRequest{Sandbox: r.id, HostAddress: a.host, RelayAddress: a.relay, Cid: a.cid})
 	if err != nil {
-		return fmt.Errorf("attach the sandbox to the node: %w", err)
+		return r.nodeError("attach the sandbox to the node", err)
 	}
 	r.later(func(ctx context.Context) error {
 		_, err := r.node.Detach(ctx, &api.DetachRequest{Sandbox: r.id})
-		return err
+		return unlessGone(err)
 	})
 	if r.o.Mode != Full {
 		return nil
@@ -242,7 +273,7 @@ func (r *runner) mount(ctx context.Context) (*api.MountResponse, error) {
 	}
 	r.later(func(ctx context.Context) error {
 		_, err := g.Unmount(ctx, &api.UnmountRequest{Id: r.id})
-		return err
+		return unlessGone(err)
 	})
 	r.t.add(Phase{"mount", from, r.t.since() - from})
 	r.t.remote(from, indented(resp.Phases))
@@ -272,7 +303,7 @@ func (r *runner) runContainer(ctx context.Context, img *api.MountResponse) error
 	if err != nil {
 		return err
 	}
-	r.later(c.delete)
+	r.later(func(ctx context.Context) error { return unlessGone(c.delete(ctx)) })
 	r.signals.target.Store(c)
 	r.report.ExitCode, err = c.run(ctx, func(ctx context.Context) {
 		end()

@@ -133,7 +133,7 @@ func FuzzTOC(f *testing.F) {
 			return
 		}
 		checkJSON(t, toc)
-		l, err := parse(toc, layer.Descriptor{Size: end}, end)
+		l, err := parse(toc, layer.Descriptor{Size: end, Digest: sum}, end)
 		if err != nil {
 			if !errdefs.IsInvalidArgument(err) {
 				t.Fatalf("error of another class: %v", err)
@@ -141,6 +141,9 @@ func FuzzTOC(f *testing.F) {
 			return
 		}
 		checkInvariants(t, l)
+		if err := l.Validate(); err != nil && end < 1<<50 {
+			t.Fatal(err)
+		}
 	})
 }
 

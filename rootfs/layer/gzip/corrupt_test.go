@@ -255,11 +255,9 @@ func TestTorture(t *testing.T) {
 
 // TestCorrupt changes every byte of a stream in turn.
 func TestCorrupt(t *testing.T) {
-	gz := compress(t, mixed(3000), 9)
+	gz := compress(t, mixed(2000), 9)
 	for i := range gz {
-		for _, mask := range []byte{1, 0x80, 0xff} {
-			sameAsStandard(t, flip(gz, i, mask))
-		}
+		sameAsStandard(t, flip(gz, i, 1<<(i%8)))
 	}
 }
 

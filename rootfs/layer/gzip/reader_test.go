@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
 	"sort"
 	"testing"
 	"testing/iotest"
@@ -136,7 +137,7 @@ func flushed(t *testing.T, plain []byte) []byte {
 }
 
 func TestRead(t *testing.T) {
-	plain := mixed(3 << 20)
+	plain := mixed(1 << 20)
 	type blob struct {
 		name string
 		gz   []byte
@@ -184,7 +185,7 @@ func checkStream(t *testing.T, gz, plain []byte) {
 
 func checkRanges(t *testing.T, gz, plain []byte) {
 	t.Helper()
-	const span = 128 << 10
+	const span = 64 << 10
 	points := record(t, gz, span)
 	for i, c := range points {
 		if len(c.Window) > windowSize || i > 0 && (c.Out <= points[i-1].Out || c.Bit <= points[i-1].Bit) {
@@ -198,8 +199,8 @@ func checkRanges(t *testing.T, gz, plain []byte) {
 	}
 	var pool Pool
 	rnd := newRand()
-	for range 60 {
-		n := 1 + rnd.IntN(300_000)
+	for range 25 {
+		n := 1 + rnd.IntN(100_000)
 		off := rnd.IntN(len(plain) - n)
 		got := make([]byte, n)
 		if err := readAt(&pool, gz, points, got, int64(off)); err != nil {
@@ -254,16 +255,18 @@ func TestResumeAllocations(t *testing.T) {
 	points := record(t, gz, 64<<10)
 	var pool Pool
 	buf := make([]byte, 4096)
-	got := testing.Benchmark(func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			if err := readAt(&pool, gz, points, buf, 500_000); err != nil {
-				b.Fatal(err)
-			}
+	least := uint64(1 << 62) // the garbage collector may empty the pool at times
+	var before, after runtime.MemStats
+	for range 20 {
+		runtime.ReadMemStats(&before)
+		if err := readAt(&pool, gz, points, buf, 500_000); err != nil {
+			t.Fatal(err)
 		}
-	})
-	if n := got.AllocedBytesPerOp(); n > 8<<10 && got.N > 10 {
-		t.Errorf("%d bytes allocated for each read", n)
+		runtime.ReadMemStats(&after)
+		least = min(least, after.TotalAlloc-before.TotalAlloc)
+	}
+	if least > 8<<10 {
+		t.Errorf("%d bytes allocated for a read", least)
 	}
 }
 
