@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
 
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
@@ -21,6 +22,9 @@ import (
 // hostStart bounds how long a tatami-host may take to open its socket.
 const hostStart = 20 * time.Second
 
+// starts is how often a host is started that ends at once.
+const starts = 3
+
 // otherHost bounds how long the host that was quicker may take to open it.
 const otherHost = 3 * time.Second
 
@@ -28,6 +32,7 @@ const otherHost = 3 * time.Second
 type node struct {
 	api.NodeService
 	client *ttrpc.Client
+	base   *api.NodeStatsResponse // its counters when the connection was made
 }
 
 func (n *node) Close() error { return n.client.Close() }
@@ -47,9 +52,14 @@ func connectHost(ctx context.Context, o *Options) (*node, error) {
 	if n, err := dialHost(ctx, socket); err == nil {
 		return n, nil
 	}
-	return startHost(ctx, o, socket)
+	n, err := startHost(ctx, o, socket)
+	for i := 1; errors.Is(err, errEnded) && i < starts; i++ {
+		n, err = startHost(ctx, o, socket)
+	}
+	return n, err
 }
 
+// dialHost connects to a host that answers; one that is about to end does not.
 func dialHost(ctx context.Context, socket string) (*node, error) {
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unix", socket)
@@ -57,7 +67,12 @@ func dialHost(ctx context.Context, socket string) (*node, error) {
 		return nil, err
 	}
 	cl := ttrpc.NewClient(c)
-	return &node{api.NewNodeClient(cl), cl}, nil
+	n := &node{NodeService: api.NewNodeClient(cl), client: cl}
+	if n.base, err = n.NodeStats(ctx, &api.NodeStatsRequest{}); err != nil {
+		cl.Close()
+		return nil, errgrpc.ToNative(err)
+	}
+	return n, nil
 }
 
 func startHost(ctx context.Context, o *Options, socket string) (*node, error) {
@@ -97,6 +112,10 @@ func hostArgs(o *Options) []string {
 	return args
 }
 
+// errEnded is how a host ends, too, when another one on the same directory is
+// just stopping.
+var errEnded = errors.New("tatami-host ended at its start")
+
 // waitHost connects as soon as a host listens: the new one, or one that another
 // run started at the same time, which makes the new one end.
 func waitHost(ctx context.Context, socket, logPath string, ended <-chan error) (*node, error) {
@@ -112,7 +131,7 @@ func waitHost(ctx context.Context, socket, logPath string, ended <-chan error) (
 		select {
 		case <-tick.C:
 		case err := <-ended:
-			cause = fmt.Errorf("tatami-host ended at its start (%w)", orNil(err))
+			cause = fmt.Errorf("%w (%w)", errEnded, orNil(err))
 			late.Reset(otherHost)
 		case <-late.C:
 			return nil, fmt.Errorf("%w: %s", cause, tail(logPath))

@@ -35,7 +35,6 @@ type runner struct {
 	box    sandbox
 	guest  *ttrpc.Client
 	report Report
-	base   *api.NodeStatsResponse // the node's counters at the start
 
 	signals signals
 
@@ -146,9 +145,6 @@ func (r *runner) connect(ctx context.Context) error {
 	}
 	r.node = n
 	r.later(func(context.Context) error { return n.Close() })
-	if r.base, err = n.NodeStats(ctx, &api.NodeStatsRequest{}); err != nil {
-		return r.nodeError("ask the node for its counters", err)
-	}
 	r.box, err = newSandbox(&r.o, r.id)
 	if err != nil {
 		return err
@@ -322,7 +318,7 @@ func (r *runner) fetched(ctx context.Context) int64 {
 		r.o.Log.Warn("ask the node for its counters", "error", err)
 		return 0
 	}
-	return s.RegistryBytes - r.base.RegistryBytes
+	return s.RegistryBytes - r.node.base.RegistryBytes
 }
 
 func (r *runner) count(ctx context.Context) {
