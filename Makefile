@@ -32,6 +32,7 @@ build:
 
 setup:
 	@tools/setup.sh
+	@echo "guest kernel: $$(go run ./tools/vm/cmd/fetch-kernel)"
 
 run: setup build
 	@CACHE=$(CACHE) IMAGE='$(IMAGE)' tools/demo/run.sh $(CMD)

@@ -29,7 +29,7 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	tmp, err := os.MkdirTemp("", "e2e-") // short: sockets are below it
+	tmp, err := os.MkdirTemp("", "e2e-") //nolint:usetesting // sockets are below it: the path must be short
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -61,7 +61,7 @@ func program(pkg string) (string, error) {
 		}
 		defer os.RemoveAll(dir)
 		out := filepath.Join(dir, "out")
-		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, pkg)
+		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, pkg) //nolint:noctx // bounded by the test binary's own time
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if msg, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("build %s: %w: %s", pkg, err, msg)

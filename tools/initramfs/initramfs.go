@@ -106,7 +106,7 @@ func (b *builder) modules(cfg Config) error {
 }
 
 func (b *builder) busybox(file string) error {
-	out, err := exec.Command(file, "--list").Output()
+	out, err := exec.Command(file, "--list").Output() //nolint:noctx // prints a list and ends
 	if err != nil {
 		return fmt.Errorf("list applets of %s: %w", file, err)
 	}

@@ -154,12 +154,12 @@ func build(t *testing.T, cfg Config) []byte {
 // unpack has cpio(1) read the archive.
 func unpack(t *testing.T, archive []byte) string {
 	t.Helper()
-	cmd := exec.Command("cpio", "-idm", "--no-absolute-filenames", "--quiet")
+	cmd := exec.CommandContext(t.Context(), "cpio", "-idm", "--no-absolute-filenames", "--quiet")
 	if _, err := exec.LookPath("cpio"); err != nil {
 		if _, err := exec.LookPath("busybox"); err != nil {
 			t.Skip("needs cpio or busybox to read the archive")
 		}
-		cmd = exec.Command("busybox", "cpio", "-idm")
+		cmd = exec.CommandContext(t.Context(), "busybox", "cpio", "-idm")
 	}
 	cmd.Dir = t.TempDir()
 	cmd.Stdin = bytes.NewReader(archive)
@@ -217,7 +217,7 @@ func TestDynamicBinary(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := unpack(t, build(t, Config{Init: exe, Binaries: []string{bin}}))
-	cmd := exec.Command("chroot", dir, bin, "-i", "A=B", bin)
+	cmd := exec.CommandContext(t.Context(), "chroot", dir, bin, "-i", "A=B", bin)
 	if out, err := cmd.CombinedOutput(); err != nil || string(out) != "A=B\n" {
 		t.Errorf("in the archive: %v: %q", err, out)
 	}
@@ -246,7 +246,7 @@ func TestContainerRuntimes(t *testing.T) {
 					t.Error(err)
 				}
 			}()
-			if out, err := exec.Command("chroot", dir, bin, "--version").CombinedOutput(); err != nil {
+			if out, err := exec.CommandContext(t.Context(), "chroot", dir, bin, "--version").CombinedOutput(); err != nil {
 				t.Errorf("in the archive: %v: %s", err, out)
 			}
 		})

@@ -331,7 +331,9 @@ func TestBrokenRings(t *testing.T) {
 			other.Start()
 			echo(t, fe, r, "good")
 			breakIt(fe, r)
-			<-f.broken
+			if err := <-f.broken; err == nil {
+				t.Error("broken without a reason")
+			}
 			// The whole device stands still, and stopping it does not hang.
 			other.SetDesc(0, vhosttest.Desc{Addr: mem + bufs, Len: 1})
 			other.Offer(0)

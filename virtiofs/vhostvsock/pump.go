@@ -96,10 +96,7 @@ func (c *conn) endIfDone() {
 // toGuest sends what the host peer writes, and its end.
 func (c *conn) toGuest() {
 	t := &transfer{conn: c}
-	for {
-		if !c.waitRoom() {
-			break
-		}
+	for c.waitRoom() {
 		if err := c.raw.Read(t.step); err != nil || t.err != nil {
 			break
 		}

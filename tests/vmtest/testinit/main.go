@@ -25,14 +25,13 @@ import (
 const port = 3000
 
 func main() {
-	if err := run(); err != nil {
-		fmt.Fprintln(os.Stderr, "testinit:", err)
-	}
+	fmt.Fprintln(os.Stderr, "testinit:", run())
 	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
 		fmt.Fprintln(os.Stderr, "testinit: power off:", err)
 	}
 }
 
+// run returns only with an error.
 func run() error {
 	for _, m := range [][2]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}} {
 		// Some kernels mount devtmpfs by themselves.
@@ -106,9 +105,7 @@ func command(s *stream, verb, arg string) error {
 		_, err := io.Copy(s, s)
 		return errors.Join(err, s.closeWrite())
 	case "sink":
-		n, err := io.Copy(io.Discard, s)
-		_, _ = fmt.Fprintln(s, n) // what is missing is seen by the peer
-		return err
+		return sink(s, arg)
 	case "source":
 		return source(s, arg)
 	case "dial":
@@ -116,7 +113,7 @@ func command(s *stream, verb, arg string) error {
 	case "loopback":
 		return loopback(s)
 	case "sh":
-		cmd := exec.Command("/bin/sh", "-c", arg)
+		cmd := exec.Command("/bin/sh", "-c", arg) //nolint:noctx // ends with the machine
 		cmd.Stdout, cmd.Stderr = s, s
 		return cmd.Run()
 	case "poweroff":
@@ -125,6 +122,17 @@ func command(s *stream, verb, arg string) error {
 		return unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
 	}
 	return errors.New("unknown command")
+}
+
+// sink counts what comes, until the end or until that many bytes.
+func sink(s *stream, count string) error {
+	var r io.Reader = s
+	if n, err := strconv.ParseInt(count, 10, 64); err == nil {
+		r = io.LimitReader(s, n)
+	}
+	n, err := io.Copy(io.Discard, r)
+	_, _ = fmt.Fprintln(s, n) // what is missing is seen by the peer
+	return err
 }
 
 // source writes that many bytes. The reader beside it notices a reset: Linux does
