@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -17,6 +18,8 @@ const tokenTimeout = 30 * time.Second
 
 // maxTokens bounds the cache; a full one starts again empty.
 const maxTokens = 1024
+
+var errClosed = errors.New("the registry client is closed")
 
 // DockerCredentials returns the credentials of Docker's config.json (in
 // $DOCKER_CONFIG or ~/.docker), credential helpers included. The file is read
@@ -153,8 +156,8 @@ func (c *tokenCache) start(key tokenKey, fetch func(context.Context) (string, er
 	if f, ok := c.pending[key]; ok {
 		return f, nil
 	}
-	if err := c.ctx.Err(); err != nil {
-		return nil, fmt.Errorf("the registry client is closed: %w", errdefs.ErrUnavailable)
+	if c.ctx.Err() != nil {
+		return nil, errClosed
 	}
 	f := &tokenFetch{done: make(chan struct{})}
 	c.pending[key] = f
@@ -167,6 +170,9 @@ func (c *tokenCache) run(key tokenKey, f *tokenFetch, fetch func(context.Context
 	ctx, cancel := context.WithTimeout(c.ctx, tokenTimeout)
 	defer cancel()
 	f.token, f.err = fetch(ctx)
+	if f.err != nil && c.ctx.Err() != nil {
+		f.err = errClosed
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.pending, key)

@@ -112,7 +112,7 @@ func TestCloseEndsTokenFetch(t *testing.T) {
 	repo := repository(t, client, reg)
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if _, err := repo.Range(t.Context(), desc.Digest, 0, 10); !errdefs.IsUnavailable(err) {
+		if _, err := repo.Range(t.Context(), desc.Digest, 0, 10); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "closed") {
 			t.Errorf("error %v", err)
 		}
 	})
@@ -216,6 +216,12 @@ func TestRedirect(t *testing.T) {
 	}
 	if n := len(reg.Requests("/v2/")); n != 0 {
 		t.Errorf("the registry was asked %d times while the target was known", n)
+	}
+	// A new target that is refused, too, is asked for once more.
+	fresh := reg.PushBlob("library/x", "", random(10))
+	reg.Fault("/storage/", 1, registrytest.Status(403))
+	if _, err := repo.Blob(t.Context(), fresh); err != nil {
+		t.Error(err)
 	}
 	for _, status := range []int{401, 403, 404, 410, 500, 503} {
 		reg.Reset()

@@ -13,6 +13,9 @@
 // with a class of github.com/containerd/errdefs. A context that ends is
 // reported as the context's own error.
 //
+// Tokens are fetched by oras-go's auth client. It refuses a token service at a
+// private address unless that has the host name of the registry itself.
+//
 // Secrets (credentials, tokens, the query of a signed URL) never reach an
 // error or a log record.
 //

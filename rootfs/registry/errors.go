@@ -173,12 +173,9 @@ func (r *Repository) loginRemedy() string {
 	return "were the right credentials given for " + r.host + "? A repository that does not exist may be answered like this, too"
 }
 
-// sendError turns a request that got no answer into an Error. The context's
-// own error passes through as it is.
-func (r *Repository) sendError(ctx context.Context, object string, err error) error {
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
+// sendError turns a request that got no answer into an Error. When the request's
+// context has ended, retry puts the context's error in its place.
+func (r *Repository) sendError(object string, err error) error {
 	var sent *url.Error
 	lost := errors.As(err, &sent) // and not refused before it was sent
 	err = redact(err)
@@ -199,6 +196,7 @@ func (r *Repository) sendError(ctx context.Context, object string, err error) er
 		e.tokenRefused(r, service)
 	case lost || errors.Is(err, context.DeadlineExceeded):
 		e.temporary = true
+		e.Err = opaque(err)
 		e.Remedy = fmt.Sprintf("is the registry reachable from this node? for a plain HTTP registry set plain_http = [%q]", r.host)
 	}
 	return e
@@ -221,6 +219,15 @@ func (e *Error) tokenRefused(r *Repository, service *errcode.ErrorResponse) {
 	if len(service.Errors) > 0 {
 		e.Code, e.Message = clean(service.Errors[0].Code), clean(service.Errors[0].Message)
 	}
+}
+
+// opaque hides that err is about a context or a timeout inside of this package:
+// the caller would take it for the end of its own context.
+func opaque(err error) error {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return errors.New(err.Error())
+	}
+	return err
 }
 
 // redact removes URLs from err: the query of a redirect target is a secret.

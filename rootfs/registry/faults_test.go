@@ -94,6 +94,7 @@ func TestRangeFails(t *testing.T) {
 		{"500", registrytest.Status(500), errdefs.IsUnavailable, 3, "500"},
 		{"short bodies", registrytest.Truncate(1000), isShort, 4, "unexpected EOF"},
 		{"stalls", registrytest.Stall(1000, registrytest.Forever), errdefs.IsUnavailable, 4, "no byte came for too long (100ms)"},
+		{"no header", registrytest.Delay(registrytest.Forever), errdefs.IsUnavailable, 3, "timeout"},
 		{"other range", registrytest.ShiftRange(1), errdefs.IsDataLoss, 3, "Content-Range"},
 		{"endless redirects", registrytest.Status(307, "Location", "/v2/library/x/blobs/x"), errdefs.IsUnavailable, 0, "redirects"},
 	} {
@@ -104,7 +105,7 @@ func TestRangeFails(t *testing.T) {
 			reg.Fault("/blobs/", 0, tc.effect)
 			cfg := fast()
 			cfg.RetryMax = 2
-			if tc.name == "stalls" {
+			if tc.name == "stalls" || tc.name == "no header" {
 				cfg.Stall = 100 * time.Millisecond
 			}
 			repo := repository(t, newClient(t, cfg), reg)
@@ -112,6 +113,9 @@ func TestRangeFails(t *testing.T) {
 			_, err = readAll(t, rc, err)
 			if err == nil || !tc.class(err) || !strings.Contains(err.Error(), tc.text) {
 				t.Fatalf("error %v", err)
+			}
+			if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("error %v looks like the end of the caller's context", err)
 			}
 			for _, part := range []string{reg.Host(), "library/x", desc.Digest.String()} {
 				if !strings.Contains(err.Error(), part) {

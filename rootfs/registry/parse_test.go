@@ -1,17 +1,27 @@
 package registry
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"math"
 	"net/http"
+	"net/url"
+	"os"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"time"
 	"unicode/utf8"
 
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"oras.land/oras-go/v2/registry/remote/auth"
 )
 
 func TestParseContentRange(t *testing.T) {
@@ -34,6 +44,101 @@ func TestParseContentRange(t *testing.T) {
 		first, last, total, err := parseContentRange(tc.in)
 		if first != tc.first || last != tc.last || total != tc.total || (err == nil) != tc.ok {
 			t.Errorf("%q: %d-%d/%d, %v", tc.in, first, last, total, err)
+		}
+	}
+}
+
+func TestCheckPartial(t *testing.T) {
+	r := &Repository{host: "h", name: named(t)}
+	for value, ok := range map[string]bool{
+		"bytes 10-19/100": true, "bytes 10-19/*": true, "bytes 10-15/100": true,
+		"bytes 10-20/100": false, "bytes 9-19/100": false, "bytes 11-19/100": false,
+		"bytes 10-19/99": false, "bytes 10-12/13": false, "": false,
+	} {
+		resp := &http.Response{Header: http.Header{"Content-Range": {value}}}
+		err := r.checkPartial(piece{kind: "blobs", off: 10, end: 20, size: 100}, resp)
+		if (err == nil) != ok {
+			t.Errorf("%q: %v", value, err)
+		}
+		resp.Header.Set("Content-Encoding", "gzip")
+		if r.checkPartial(piece{kind: "blobs", off: 10, end: 20, size: 100}, resp) == nil {
+			t.Errorf("%q of a compressed transfer was accepted", value)
+		}
+	}
+}
+
+func named(t *testing.T) reference.Named {
+	t.Helper()
+	name, err := reference.ParseNormalizedNamed("x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// TestTokenCacheReuse has a request come back with a token that another one
+// has replaced meanwhile.
+func TestTokenCacheReuse(t *testing.T) {
+	c := newTokenCache(&atomic.Int64{})
+	defer c.close()
+	refused := func() context.Context { return context.WithValue(t.Context(), attemptKey{}, &attempt{}) }
+	fetches := 0
+	set := func(ctx context.Context) {
+		t.Helper()
+		want := fmt.Sprint("token ", fetches)
+		got, err := c.Set(ctx, "h", auth.SchemeBearer, "s", func(context.Context) (string, error) {
+			fetches++
+			want = fmt.Sprint("token ", fetches)
+			return want, nil
+		})
+		if got != want || err != nil {
+			t.Errorf("%q, %v; want %q", got, err, want)
+		}
+	}
+	a, b := refused(), refused()
+	set(a)
+	if _, err := c.GetToken(b, "h", auth.SchemeBearer, "s"); err != nil {
+		t.Error(err)
+	}
+	set(a) // refused with the token of its own fetch
+	set(b) // refused with the token before that
+	if fetches != 2 {
+		t.Errorf("%d fetches", fetches)
+	}
+}
+
+// TestTokenCacheClose ends a fetch by its context.
+func TestTokenCacheClose(t *testing.T) {
+	c := newTokenCache(&atomic.Int64{})
+	started := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		_, err := c.Set(t.Context(), "h", auth.SchemeBearer, "s", func(ctx context.Context) (string, error) {
+			close(started)
+			<-ctx.Done()
+			if !errors.Is(ctx.Err(), context.Canceled) {
+				t.Errorf("the fetch ended with %v", ctx.Err())
+			}
+			return "", ctx.Err()
+		})
+		if !errors.Is(err, errClosed) {
+			t.Errorf("error %v", err)
+		}
+	})
+	<-started
+	c.close()
+	wg.Wait()
+}
+
+// TestTimeoutIsNotTheCallers has connections with deadlines of their own.
+func TestTimeoutIsNotTheCallers(t *testing.T) {
+	r := &Repository{host: "h", name: named(t), client: New(Config{})}
+	for _, err := range []error{
+		r.bodyError("blob", os.ErrDeadlineExceeded), r.bodyError("blob", context.Canceled),
+		r.sendError("blob", &url.Error{Op: "Get", URL: "http://h/?s=secret", Err: context.DeadlineExceeded}),
+	} {
+		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || !errdefs.IsUnavailable(err) {
+			t.Errorf("error %v", err)
 		}
 	}
 }

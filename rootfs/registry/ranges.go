@@ -113,7 +113,7 @@ func (r *Repository) ranged(ctx context.Context, p piece) (body io.ReadCloser, w
 		return nil, false, err
 	}
 	if resp.StatusCode == http.StatusOK {
-		body, err = r.skip(ctx, p, resp)
+		body, err = r.skip(p, resp)
 		return body, true, err
 	}
 	if err := r.checkPartial(p, resp); err != nil {
@@ -151,7 +151,7 @@ func (r *Repository) sendRanged(ctx context.Context, p piece) (*http.Response, e
 }
 
 // skip makes the body of a whole blob start at p.off.
-func (r *Repository) skip(ctx context.Context, p piece, resp *http.Response) (io.ReadCloser, error) {
+func (r *Repository) skip(p piece, resp *http.Response) (io.ReadCloser, error) {
 	if p.size >= 0 && resp.ContentLength >= 0 && resp.ContentLength != p.size {
 		_ = resp.Body.Close() // the answer is refused anyway
 		return nil, r.dataLoss(p.object(), "the registry has %d bytes, the descriptor says %d", resp.ContentLength, p.size)
@@ -161,7 +161,7 @@ func (r *Repository) skip(ctx context.Context, p piece, resp *http.Response) (io
 	}
 	if _, err := io.CopyN(io.Discard, resp.Body, p.off); err != nil {
 		_ = resp.Body.Close() // the answer is refused anyway
-		return nil, r.bodyError(ctx, p.object(), noEOF(err))
+		return nil, r.bodyError(p.object(), noEOF(err))
 	}
 	return resp.Body, nil
 }

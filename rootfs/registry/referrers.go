@@ -73,7 +73,7 @@ func (r *Repository) referrersPage(ctx context.Context, q query) (page []ocispec
 			// Registries without the API have been seen to answer 200 with a page of their own.
 			return r.fault(q.object(), errdefs.ErrNotImplemented, fmt.Errorf("the answer is of type %q", clean(t)))
 		}
-		data, err := r.readAll(ctx, q, resp.Body, MaxManifest)
+		data, err := r.readAll(q, resp.Body, MaxManifest)
 		if err != nil {
 			return err
 		}

@@ -116,7 +116,7 @@ func (r *Repository) getManifest(ctx context.Context, ref string, algorithm dige
 		return ocispec.Descriptor{}, nil, err
 	}
 	defer resp.Body.Close()
-	data, err := r.readAll(ctx, q, resp.Body, MaxManifest)
+	data, err := r.readAll(q, resp.Body, MaxManifest)
 	if err != nil {
 		return ocispec.Descriptor{}, nil, err
 	}
@@ -184,10 +184,10 @@ func (r *Repository) Blob(ctx context.Context, desc ocispec.Descriptor) (_ []byt
 }
 
 // readAll reads the body of an answer to q, which may have limit bytes.
-func (r *Repository) readAll(ctx context.Context, q query, body io.Reader, limit int64) ([]byte, error) {
+func (r *Repository) readAll(q query, body io.Reader, limit int64) ([]byte, error) {
 	data, err := io.ReadAll(io.LimitReader(body, limit+1))
 	if err != nil {
-		return nil, r.bodyError(ctx, q.object(), err)
+		return nil, r.bodyError(q.object(), err)
 	}
 	if int64(len(data)) > limit {
 		return nil, r.fault(q.object(), errdefs.ErrInvalidArgument, fmt.Errorf("the answer is longer than %d bytes", limit))
@@ -196,11 +196,8 @@ func (r *Repository) readAll(ctx context.Context, q query, body io.Reader, limit
 }
 
 // bodyError is what a body that did not arrive whole becomes.
-func (r *Repository) bodyError(ctx context.Context, object string, err error) error {
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	e := r.fault(object, errdefs.ErrUnavailable, fmt.Errorf("read the answer: %w", redact(err)))
+func (r *Repository) bodyError(object string, err error) error {
+	e := r.fault(object, errdefs.ErrUnavailable, fmt.Errorf("read the answer: %w", opaque(redact(err))))
 	e.temporary = true
 	e.Remedy = "is the connection to the registry stable?"
 	return e

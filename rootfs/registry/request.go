@@ -70,18 +70,19 @@ func (r *Repository) exchange(ctx context.Context, q query, address string, do f
 	req, err := http.NewRequestWithContext(reqCtx, q.method, address, nil)
 	if err != nil {
 		cancel(nil)
-		return nil, r.sendError(ctx, q.object(), err)
+		return nil, r.sendError(q.object(), err)
 	}
 	req.Header["Accept"] = q.accept
+	// A transfer that is compressed has no ranges of the blob.
+	req.Header.Set("Accept-Encoding", "identity")
 	if q.ranges != "" {
 		req.Header.Set("Range", q.ranges)
-		req.Header.Set("Accept-Encoding", "identity")
 	}
 	r.client.stats.requests.Add(1)
 	resp, err := do(req)
 	if err != nil {
 		cancel(nil)
-		return nil, r.sendError(ctx, q.object(), err)
+		return nil, r.sendError(q.object(), err)
 	}
 	resp.Body = newBody(resp.Body, r.client.cfg.Stall, cancel, &r.client.stats.bytes)
 	if !slices.Contains(want, resp.StatusCode) {

@@ -92,7 +92,7 @@ func (rr *rangeReader) failed(err error) error {
 	if errors.Is(err, errStalled) {
 		err = fmt.Errorf("%w (%s)", errStalled, rr.repo.client.cfg.Stall)
 	}
-	e := rr.repo.bodyError(rr.ctx, rr.piece.object(), err)
+	e := rr.repo.bodyError(rr.piece.object(), err)
 	if !rr.repo.again(rr.ctx, rr.failures, e) {
 		return cmp.Or(rr.ctx.Err(), e)
 	}

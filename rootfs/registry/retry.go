@@ -22,7 +22,7 @@ const (
 	maxRetryAfter = 30 * time.Second
 	// rangelessFor is how long a host that ignored a Range header is taken to
 	// do so always. A proxy cache does it only until it has the blob
-	// (goharbor/harbor issue 23875).
+	// (goharbor/harbor#23875).
 	rangelessFor = time.Minute
 )
 

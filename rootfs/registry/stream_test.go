@@ -132,6 +132,32 @@ func TestOpenBounded(t *testing.T) {
 	}
 }
 
+// TestOpenReusesBuffers reads a blob of many chunks.
+func TestOpenReusesBuffers(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	desc := reg.PushBlob("library/x", "", random(64<<20))
+	cfg := fast()
+	cfg.Chunk = 1 << 20
+	repo := repository(t, newClient(t, cfg), reg)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	rc, err := repo.Open(t.Context(), desc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := io.Copy(io.Discard, rc)
+	if err != nil || n != desc.Size {
+		t.Fatalf("%d bytes, %v", n, err)
+	}
+	if err := rc.Close(); err != nil {
+		t.Fatal(err)
+	}
+	runtime.ReadMemStats(&after)
+	if used := after.TotalAlloc - before.TotalAlloc; used > 32<<20 {
+		t.Errorf("%d bytes were allocated for 4 chunks of %d in flight", used, cfg.Chunk)
+	}
+}
+
 // TestOpenReadsWhatIsThere gets the first bytes while the rest of their range
 // stands still.
 func TestOpenReadsWhatIsThere(t *testing.T) {
@@ -163,29 +189,33 @@ func TestOpenReadsWhatIsThere(t *testing.T) {
 	}
 }
 
-// TestOpenClose closes a stream whose ranges all stand still.
+// TestOpenClose closes streams whose ranges all stand still.
 func TestOpenClose(t *testing.T) {
 	reg := registrytest.Start(t, registrytest.Options{})
 	desc := reg.PushBlob("library/x", "", random(1_000_000))
 	reg.Fault("/blobs/", 0, registrytest.Stall(10, registrytest.Forever))
 	cfg := small()
 	cfg.Stall = time.Hour
-	rc, err := repository(t, newClient(t, cfg), reg).Open(t.Context(), desc)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadFull(rc, make([]byte, 10)); err != nil {
-		t.Fatal(err)
-	}
-	for len(reg.Requests("/blobs/")) < 4 {
-		time.Sleep(time.Millisecond)
-	}
-	if err := rc.Close(); err != nil {
-		t.Error(err)
-	}
-	buf := make([]byte, 1<<20)
-	if stacks := buf[:runtime.Stack(buf, true)]; bytes.Contains(stacks, []byte("registry.(*stream).fetch")) {
-		t.Errorf("a closed stream is still at work:\n%s", stacks)
+	repo := repository(t, newClient(t, cfg), reg)
+	for range 20 { // a goroutine that is not waited for may be gone in time
+		reg.Reset()
+		rc, err := repo.Open(t.Context(), desc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(rc, make([]byte, 10)); err != nil {
+			t.Fatal(err)
+		}
+		for len(reg.Requests("/blobs/")) < 4 {
+			time.Sleep(time.Millisecond)
+		}
+		if err := rc.Close(); err != nil {
+			t.Error(err)
+		}
+		buf := make([]byte, 1<<20)
+		if stacks := buf[:runtime.Stack(buf, true)]; bytes.Contains(stacks, []byte("registry.(*stream).fetch")) {
+			t.Fatalf("a closed stream is still at work:\n%s", stacks)
+		}
 	}
 }
 

@@ -50,8 +50,6 @@ func newTransport(cfg Config) *http.Transport {
 		ResponseHeaderTimeout: cfg.Stall,
 		MaxIdleConnsPerHost:   idlePerHost,
 		IdleConnTimeout:       idleTimeout,
-		// A compressed transfer has no ranges of the blob.
-		DisableCompression: true,
 		// A connection that lost its peer would hold up all its streams.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: cfg.Stall, PingTimeout: dialTimeout},
 	}

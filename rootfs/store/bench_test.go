@@ -26,7 +26,7 @@ func BenchmarkHit(b *testing.B) {
 	check(b, i.Fill(context.Background()))
 	f, err := os.Open(filepath.Join(cfg.Dir, "segments", img.Index.Segments[0].ID.Encoded()+".data"))
 	check(b, err)
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close() // only read
 	for _, n := range []int64{4 * kiB, 128 * kiB} {
 		reads := map[string]func(p []byte, off int64) (int, error){
 			"pread": f.ReadAt,
@@ -65,9 +65,7 @@ func BenchmarkMiss(b *testing.B) {
 				b.SetBytes(128 * miB)
 				p := make([]byte, 128*kiB)
 				for b.Loop() {
-					dir, err := os.MkdirTemp(b.TempDir(), "")
-					check(b, err)
-					s := open(b, store.Config{Dir: dir, Keep: keep})
+					s := open(b, store.Config{Dir: b.TempDir(), Keep: keep})
 					i := openImage(b, s, img, memorySource{seg.Plain})
 					for k := range int64(1024) {
 						if order == "random" {

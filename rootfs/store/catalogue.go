@@ -45,13 +45,16 @@ func (s *Store) LoadImage(ctx context.Context, manifest digest.Digest, sources [
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r, ok := s.records[manifest]
-	if !ok || s.closed {
+	if s.closed {
+		return nil, fmt.Errorf("load image %s: %w", manifest, os.ErrClosed)
+	}
+	if !ok {
 		return nil, fmt.Errorf("load image %s: %w", manifest, errdefs.ErrNotFound)
 	}
 	segments, err := s.loadIndex(&r)
 	if err != nil {
 		s.log.Warn("image cannot be loaded; it has to be opened from its index again", "image", manifest, "err", err)
-		return nil, fmt.Errorf("load image %s: what describes it is damaged (%v): %w", manifest, err, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("load image %s: what describes it is damaged (%s): %w", manifest, err.Error(), errdefs.ErrNotFound)
 	}
 	i, err := s.openImage(r, segments)
 	if err != nil {
@@ -63,6 +66,9 @@ func (s *Store) LoadImage(ctx context.Context, manifest digest.Digest, sources [
 // OpenSegment opens one segment without an image, for as long as the handle is
 // open: GC and Remove leave it alone.
 func (s *Store) OpenSegment(ctx context.Context, seg *index.Segment, sources []Source) (*Segment, error) {
+	if seg.Table == nil {
+		return nil, fmt.Errorf("open segment %s: it has no table: %w", seg.ID, errdefs.ErrInvalidArgument)
+	}
 	if err := errors.Join(ctx.Err(), seg.Table.Validate()); err != nil {
 		return nil, fmt.Errorf("open segment %s: %w", seg.ID, err)
 	}
@@ -138,12 +144,8 @@ func (s *Store) loadIndex(r *record) ([]index.Segment, error) {
 	if i := s.images[r.Manifest]; i != nil {
 		return i.index, nil
 	}
-	boot, err := os.ReadFile(s.dir.image(r.Manifest, bootFile))
-	if err != nil {
+	if err := s.checkBootstrap(r); err != nil {
 		return nil, err
-	}
-	if digest.FromBytes(boot) != r.Bootstrap {
-		return nil, fmt.Errorf("bootstrap has another digest: %w", errdefs.ErrDataLoss)
 	}
 	var out []index.Segment
 	off := r.BootSize
@@ -159,6 +161,19 @@ func (s *Store) loadIndex(r *record) ([]index.Segment, error) {
 		off += g.Size
 	}
 	return out, nil
+}
+
+func (s *Store) checkBootstrap(r *record) error {
+	f, err := os.Open(s.dir.image(r.Manifest, bootFile))
+	if err != nil {
+		return err
+	}
+	defer f.Close() // only read
+	got, err := r.Bootstrap.Algorithm().FromReader(f)
+	if err == nil && got != r.Bootstrap {
+		err = fmt.Errorf("bootstrap has another digest: %w", errdefs.ErrDataLoss)
+	}
+	return err
 }
 
 func (s *Store) loadTable(id index.ID) (*index.Table, error) {

@@ -119,6 +119,13 @@ func TestOpenHostile(t *testing.T) {
 	if _, err := s.OpenSegment(context.Background(), &img.Index.Segments[0], nil); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("open segment with a foreign table: %v", err)
 	}
+	img.Index.Segments[0].Table = nil
+	if _, err := s.OpenImage(context.Background(), img.Index, nil); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("open image without a table: %v", err)
+	}
+	if _, err := s.OpenSegment(context.Background(), &img.Index.Segments[0], nil); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("open segment without a table: %v", err)
+	}
 }
 
 func TestIngest(t *testing.T) {
@@ -367,7 +374,11 @@ func TestMaterializeCut(t *testing.T) {
 			check(t, os.Remove(filepath.Join(dir, "segments", first+".data")))
 		},
 		"home without a file": func(t *testing.T, dir string) { put(t, dir, "segments/"+second+".home", home) },
-		"home is damaged":     func(t *testing.T, dir string) { put(t, dir, "segments/"+second+".home", home[:9]) },
+		"file is short": func(t *testing.T, dir string) {
+			put(t, dir, "images/"+manifest+".erofs", img.Plain[:miB])
+			put(t, dir, "segments/"+first+".home", home)
+		},
+		"home is damaged": func(t *testing.T, dir string) { put(t, dir, "segments/"+second+".home", home[:9]) },
 	}
 	for name, cut := range cuts {
 		t.Run(name, func(t *testing.T) {
@@ -380,6 +391,9 @@ func TestMaterializeCut(t *testing.T) {
 			i, err := s.LoadImage(context.Background(), img.Index.Manifest, nil)
 			check(t, err)
 			sameAll(t, i, img.Plain, 128*kiB)
+			if n := suffixed(t, cfg.Dir, ".data"); s.Images()[0].Materialized && n > 0 {
+				t.Errorf("%d segments have not moved", n)
+			}
 			materialize(t, i, img)
 			if n := suffixed(t, cfg.Dir, ".data") + suffixed(t, cfg.Dir, ".bits"); n > 0 {
 				t.Errorf("files left: %v", files(t, cfg.Dir))
@@ -399,7 +413,7 @@ func TestMaterializeShares(t *testing.T) {
 	disk := filepath.Join(t.TempDir(), "disk")
 	check(t, os.WriteFile(disk, nil, 0o600))
 	check(t, os.Truncate(disk, 400*miB))
-	if out, err := exec.Command(mkfs, "-q", disk).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), mkfs, "-q", disk).CombinedOutput(); err != nil {
 		t.Fatalf("mkfs.xfs: %v: %s", err, out)
 	}
 	dir := mount(t, loopDevice(t, disk), "xfs", "", 0)

@@ -36,6 +36,14 @@ func TestBits(t *testing.T) {
 	if b.clear(65); b.has(65) || !b.has(64) {
 		t.Error("clear")
 	}
+	good := encodeBits(b, n)
+	for k := range good {
+		bad := bytes.Clone(good)
+		bad[k] ^= 4
+		if _, err := decodeBits(bad, n); !errdefs.IsDataLoss(err) {
+			t.Errorf("byte %d changed: %v", k, err)
+		}
+	}
 	for _, other := range []int{0, 1, 129, 131, 200} {
 		if _, err := decodeBits(encodeBits(b, n), other); !errdefs.IsDataLoss(err) {
 			t.Errorf("bits of %d chunks taken for %d: %v", n, other, err)

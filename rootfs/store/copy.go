@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -13,6 +14,9 @@ import (
 // copied: dst must be zeros there. Where the filesystem can, blocks are shared.
 // Offsets and n are whole blocks.
 func copyRange(dst *os.File, dstOff int64, src *os.File, srcOff, n int64) error {
+	if st, err := src.Stat(); err != nil || st.Size() < srcOff+n {
+		return fmt.Errorf("copy %s: it does not have %d bytes at %d: %w", src.Name(), n, srcOff, errors.Join(errdefs.ErrDataLoss, err))
+	}
 	for at, end := srcOff, srcOff+n; at < end; {
 		data, err := unix.Seek(int(src.Fd()), at, unix.SEEK_DATA)
 		if errors.Is(err, unix.ENXIO) || err == nil && data >= end {
@@ -48,7 +52,7 @@ func copyData(dst *os.File, dstOff int64, src *os.File, srcOff, n int64) error {
 		}
 		n -= int64(m)
 	}
-	_, err = io.Copy(io.NewOffsetWriter(dst, dstOff), io.NewSectionReader(src, srcOff, n))
+	_, err = io.CopyN(io.NewOffsetWriter(dst, dstOff), io.NewSectionReader(src, srcOff, n), n)
 	return err
 }
 

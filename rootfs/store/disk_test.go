@@ -81,6 +81,9 @@ func TestDiskFullForAWhile(t *testing.T) {
 	}
 	check(t, os.Remove(ballast))
 	check(t, i.Fill(context.Background()))
+	if !i.Complete() {
+		t.Errorf("%d of %d bytes present", i.Present(), i.Size())
+	}
 	sameAll(t, i, img.Plain, 128*kiB)
 }
 
@@ -219,7 +222,7 @@ func TestKilled(t *testing.T) {
 	check(t, err)
 	img, dir := killImage(), t.TempDir()
 	for round := range 6 {
-		cmd := exec.Command(exe, "-test.run=^TestKilled$")
+		cmd := exec.CommandContext(t.Context(), exe, "-test.run=^TestKilled$")
 		cmd.Env = append(os.Environ(), childDir+"="+dir)
 		cmd.Stderr = os.Stderr
 		out, err := cmd.StdoutPipe()
@@ -343,7 +346,7 @@ func filesystem(t *testing.T, n int64) string {
 	name := filepath.Join(t.TempDir(), "disk")
 	check(t, os.WriteFile(name, nil, 0o600))
 	check(t, os.Truncate(name, n))
-	if out, err := exec.Command("mkfs.ext4", "-q", name).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "mkfs.ext4", "-q", name).CombinedOutput(); err != nil {
 		t.Fatalf("mkfs.ext4: %v: %s", err, out)
 	}
 	return name
@@ -351,12 +354,12 @@ func filesystem(t *testing.T, n int64) string {
 
 func loopDevice(t *testing.T, name string) string {
 	t.Helper()
-	out, err := exec.Command("losetup", "--find", "--show", name).Output()
+	out, err := exec.CommandContext(t.Context(), "losetup", "--find", "--show", name).Output()
 	if err != nil {
 		t.Fatalf("losetup: %v", err)
 	}
 	dev := string(out[:len(out)-1])
-	t.Cleanup(func() { check(t, exec.Command("losetup", "--detach", dev).Run()) })
+	t.Cleanup(func() { check(t, exec.CommandContext(context.Background(), "losetup", "--detach", dev).Run()) })
 	return dev
 }
 

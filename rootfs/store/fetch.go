@@ -241,7 +241,7 @@ func (f *fetch) abandon(err error) {
 // held.
 func (f *fetch) failNext(err error) {
 	for _, w := range f.v.seg.takeClaim(f.next).waiters {
-		if w.h != f.v.h || w.r != f.by && !w.r.final {
+		if w.worthAgain(f) {
 			w.settle(errAgain)
 		} else {
 			w.settle(err)

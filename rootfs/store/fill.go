@@ -74,9 +74,12 @@ func (g *segment) allPresent(from, to int) bool {
 // those that others are fetching. With kept it fails when they cannot be kept.
 func (v *view) fetch(ctx context.Context, from, to int, limit int64, kept bool) error {
 	g := v.seg
-	for {
-		r := &read{done: make(chan struct{}), final: true}
+	for tries := 1; ; tries++ {
+		r := &read{done: make(chan struct{}), tries: tries}
 		g.mu.Lock()
+		if kept {
+			g.s.mem.discard(g, from, to) // could not be kept when they came; perhaps now
+		}
 		fetches := v.claim(from, to, limit, nil)
 		for i := from; i < to; i++ {
 			if g.claims[i] != nil {

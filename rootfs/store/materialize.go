@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 )
@@ -25,6 +26,9 @@ func (i *Image) Materialize(ctx context.Context) (string, error) {
 	if err := i.Fill(ctx); err != nil {
 		return "", err
 	}
+	if !i.Complete() {
+		return "", fmt.Errorf("materialize %s: bytes are missing: %w", i.h.what, errdefs.ErrUnavailable)
+	}
 	select {
 	case i.image.building <- struct{}{}:
 		defer func() { <-i.image.building }()
@@ -33,7 +37,7 @@ func (i *Image) Materialize(ctx context.Context) (string, error) {
 	}
 	s := i.h.s
 	name := s.dir.image(i.Manifest(), wholeFile)
-	if _, err := os.Stat(name); err != nil {
+	if !s.hasWhole(&i.image.record) {
 		if err := i.build(ctx, name); err != nil {
 			return "", fmt.Errorf("materialize %s: %w", i.h.what, err)
 		}
@@ -97,8 +101,8 @@ func (s *Store) rehome(i *image) error {
 	if !s.cfg.Keep {
 		return nil
 	}
-	if _, err := os.Stat(s.dir.image(i.record.Manifest, wholeFile)); err != nil {
-		return nil // not materialised
+	if !s.hasWhole(&i.record) {
+		return nil
 	}
 	for _, g := range i.segments {
 		if err := s.moveIn(i, g); err != nil {
@@ -106,6 +110,13 @@ func (s *Store) rehome(i *image) error {
 		}
 	}
 	return nil
+}
+
+// hasWhole says whether the image's complete file exists. Another size is not
+// of our making: Materialize then writes the file again.
+func (s *Store) hasWhole(r *record) bool {
+	st, err := os.Stat(s.dir.image(r.Manifest, wholeFile))
+	return err == nil && st.Size() == r.size()
 }
 
 func (s *Store) moveIn(i *image, g *segment) error {

@@ -169,6 +169,17 @@ func (m *memory) forget(g *segment) {
 	}
 }
 
+// discard drops the copies of the chunks [from, to) of a segment.
+func (m *memory) discard(g *segment, from, to int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := from; i < to && len(m.blocks) > 0; i++ {
+		if e := m.blocks[blockKey{g, i}]; e != nil {
+			m.evict(e)
+		}
+	}
+}
+
 func (m *memory) drop() { m.expire(time.Now().Add(time.Hour)) }
 
 // makeRoom drops copies until n more bytes fit. Precondition: mu is held.

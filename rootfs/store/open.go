@@ -40,8 +40,11 @@ func (s *Store) openImage(r record, segments []index.Segment) (_ *image, err err
 		i.segments, i.index = append(i.segments, g), append(i.index, desc)
 		delete(s.ingested, g.id)
 	}
+	if err := s.rehome(i); err != nil { // they are where they were
+		s.log.Warn("segments cannot move into the image's file", "image", r.Manifest, "err", err)
+	}
 	s.images[r.Manifest] = i
-	return i, s.rehome(i)
+	return i, nil
 }
 
 // releaseImage gives one reference back. Precondition: mu is held.

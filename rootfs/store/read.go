@@ -36,13 +36,26 @@ func (v *view) readAt(ctx context.Context, p []byte, off int64) error {
 // begun long before, or have used the sources of another handle.
 var errAgain = errors.New("fetch of another reader failed")
 
+// maxTries bounds how often a read joins failing fetches: of its own handle
+// once, of others, whose sources say nothing about its own, a few times.
+const maxTries = 8
+
+// worthAgain says whether a read that waited for f, which failed, should try
+// itself.
+func (w *waiter) worthAgain(f *fetch) bool {
+	if w.h != f.v.h {
+		return w.r.tries < maxTries
+	}
+	return w.r != f.by && w.r.tries == 0
+}
+
 func (v *view) readMissing(ctx context.Context, p []byte, off int64) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
 	clear(p) // what no chunk covers is zeros
-	for again := false; ; again = true {
-		r, local, fetches := v.request(p, off, again)
+	for tries := 0; ; tries++ {
+		r, local, fetches := v.request(p, off, tries)
 		v.h.start(fetches)
 		err := v.readLocal(p, off, local)
 		if err == nil {
@@ -59,10 +72,10 @@ func (v *view) readMissing(ctx context.Context, p []byte, off int64) error {
 // request finds out for every chunk of [off, off+len(p)) where it comes from: it
 // is copied from memory, its number is returned in local because it is in the
 // segment's file, or r waits for it. The fetches are for the caller to start.
-// With again the read is not repeated because of a fetch of its own handle.
-func (v *view) request(p []byte, off int64, again bool) (r *read, local []int, fetches []*fetch) {
+// tries is how often the read has joined a fetch in vain.
+func (v *view) request(p []byte, off int64, tries int) (r *read, local []int, fetches []*fetch) {
 	g, end := v.seg, off+int64(len(p))
-	r = &read{done: make(chan struct{}), final: again}
+	r = &read{done: make(chan struct{}), tries: tries}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.ahead.marked(off, end) {
@@ -109,7 +122,7 @@ type read struct {
 	err  error
 	gone bool // the caller has left: its buffer is not to be touched
 
-	final bool // a failed fetch of the same handle is final even when joined; immutable
+	tries int  // how often the caller has joined a fetch in vain; immutable
 	waits bool // something has to come; set before the lock is left for the first time
 }
 

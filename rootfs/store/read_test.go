@@ -236,6 +236,7 @@ func TestStats(t *testing.T) {
 func TestCloseWhileReading(t *testing.T) {
 	img := storetest.NewImage("close", storetest.Solid(1, 4*miB))
 	eachMode(t, func(t *testing.T, cfg store.Config) {
+		cfg.Stall = time.Hour
 		s := open(t, cfg)
 		gate := make(chan struct{})
 		hung := storetest.NewSource("hung", img)

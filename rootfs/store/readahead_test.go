@@ -42,6 +42,10 @@ func TestReadaheadIsAhead(t *testing.T) {
 			same(t, i, img.Plain, firstChunk+off, 128*kiB)
 		}
 		eventually(t, func() bool { r := src.Requests(); return r[len(r)-1].Off == 3*miB })
+		for off := miB; off <= 3*miB; off += 128 * kiB {
+			same(t, i, img.Plain, firstChunk+off, 128*kiB)
+		}
+		eventually(t, func() bool { r := src.Requests(); return r[len(r)-1].Off == 7*miB })
 	})
 }
 

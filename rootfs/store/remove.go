@@ -28,8 +28,7 @@ func (s *Store) Images() []ImageInfo {
 	defer s.mu.Unlock()
 	out := make([]ImageInfo, 0, len(s.records))
 	for m, r := range s.records {
-		_, err := os.Stat(s.dir.image(m, wholeFile))
-		out = append(out, ImageInfo{Manifest: m, Size: r.size(), Open: s.images[m] != nil, Materialized: err == nil})
+		out = append(out, ImageInfo{Manifest: m, Size: r.size(), Open: s.images[m] != nil, Materialized: s.hasWhole(&r)})
 	}
 	slices.SortFunc(out, func(a, b ImageInfo) int { return cmp.Compare(a.Manifest, b.Manifest) })
 	return out

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
@@ -31,22 +32,18 @@ func TestReadWhileMoving(t *testing.T) {
 		g.moveTo(&home{file: f})
 	}
 	move()
-	stop := make(chan struct{})
-	var movers, readers sync.WaitGroup
-	movers.Go(func() {
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				move()
-			}
+	var moved atomic.Bool
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for range 10_000 {
+			move()
 		}
+		moved.Store(true)
 	})
 	for range 4 {
-		readers.Go(func() {
+		wg.Go(func() {
 			p := make([]byte, 4096)
-			for k := range int64(5000) {
+			for k := int64(0); !moved.Load(); k++ {
 				off := k % 60 * 4096
 				if !g.present(off, off+4096) {
 					t.Error("not present")
@@ -58,9 +55,7 @@ func TestReadWhileMoving(t *testing.T) {
 			}
 		})
 	}
-	readers.Wait()
-	close(stop)
-	movers.Wait()
+	wg.Wait()
 	g.dirty.Store(false) // nothing of this is to be flushed
 	g.close()
 }

@@ -117,6 +117,16 @@ func TestAllSourcesFail(t *testing.T) {
 	})
 }
 
+// A single source that breaks off again and again is asked for the rest.
+func TestSourceBreaksOff(t *testing.T) {
+	img := storetest.NewImage("breaks off", storetest.Solid(1, 2*miB))
+	eachMode(t, func(t *testing.T, cfg store.Config) {
+		src := storetest.NewSource("short", img)
+		src.Fault = func(r storetest.Request) storetest.Fault { return storetest.Fault{EndAt: r.Off + 200_000} }
+		sameAll(t, openImage(t, open(t, cfg), img, src), img.Plain, 128*kiB)
+	})
+}
+
 func TestNoSource(t *testing.T) {
 	img := storetest.NewImage("none", storetest.Solid(1, miB))
 	eachMode(t, func(t *testing.T, cfg store.Config) {
@@ -135,7 +145,13 @@ func TestOneBadChunk(t *testing.T) {
 		src.Fault = func(storetest.Request) storetest.Fault {
 			return storetest.Fault{Corrupt: func(off int64) bool { return off == 200_000 }}
 		}
-		i := openImage(t, open(t, cfg), img, src)
+		s := open(t, cfg)
+		i := openImage(t, s, img, src)
+		same(t, i, img.Plain, firstChunk, 4*kiB) // its window has them all
+		eventually(t, func() bool { return s.Stats().FetchesInFlight == 0 })
+		if cfg.Keep && i.Present() != i.Size()-64*kiB {
+			t.Errorf("%d of %d bytes present", i.Present(), i.Size())
+		}
 		var wg sync.WaitGroup
 		for k := range int64(8) {
 			if k == 1 { // has offset 200000

@@ -60,7 +60,7 @@ type Store struct {
 }
 
 const (
-	housekeepEvery = 2 * time.Second // flush of bitmaps, age of memory
+	housekeepEvery = 5 * time.Second // flush of bitmaps, age of memory
 	keepUnread     = time.Minute     // how long a chunk in memory waits for its reader
 )
 
