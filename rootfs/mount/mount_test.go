@@ -249,7 +249,7 @@ func TestWaitingReaderIsKillable(t *testing.T) {
 	bothPaths(t, func(t *testing.T, p Path) {
 		for name, command := range map[string]func(target string) *exec.Cmd{
 			"data":     func(target string) *exec.Cmd { return exec.Command("cat", target+"/large") },
-			"metadata": func(target string) *exec.Cmd { return exec.Command("find", target, "-ls") },
+			"metadata": func(target string) *exec.Cmd { return exec.Command("ls", "-lR", target) },
 		} {
 			t.Run(name, func(t *testing.T) {
 				l := newLocal(t, Config{Prefer: p})

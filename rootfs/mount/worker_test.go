@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
@@ -191,6 +192,9 @@ func supervise(t testing.TB, mode session.Mode, cfg workerConfig, change ...func
 	check(t, err)
 	s := &supervised{t: t, dir: dir, socket: filepath.Join(dir, "control"), done: make(chan struct{})}
 	s.session, err = session.Open(session.Config{Dir: filepath.Join(dir, "session"), Mode: mode})
+	if mode == session.Direct && errdefs.IsFailedPrecondition(err) {
+		t.Skipf("needs a newer kernel: %v", err)
+	}
 	check(t, err)
 	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: s.socket})
 	check(t, err)

@@ -200,15 +200,13 @@ func (s *Session) Close() error {
 	return s.closeErr
 }
 
-// Attach returns the worker's end for use inside this process: for tests and
-// for programs that need no restart. Only with Direct, and only once.
+// Attach returns the worker's end for use inside this process, once and instead
+// of Supervise: for tests and for programs that need no restart. It reads
+// /dev/fuse itself whatever the session's mode.
 func (s *Session) Attach() (*Link, error) {
-	if s.mode != Direct {
-		return nil, fmt.Errorf("attach to a session in mode %q: %w", s.mode, errdefs.ErrFailedPrecondition)
-	}
 	fd, err := unix.FcntlInt(s.fuse.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("duplicate /dev/fuse: %w", err)
 	}
-	return newLink(handover{Dir: s.dir, ID: s.id, Mode: s.mode, Offer: s.offer}, fd, -1)
+	return newLink(handover{Dir: s.dir, ID: s.id, Mode: Direct, Offer: s.offer}, fd, -1)
 }
