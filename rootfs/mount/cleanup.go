@@ -14,9 +14,6 @@ type undoStack struct{ steps []func(context.Context) error }
 
 func (u *undoStack) push(f func(context.Context) error) { u.steps = append(u.steps, f) }
 
-// keep forgets all steps: what was done stays.
-func (u *undoStack) keep() { u.steps = nil }
-
 // run undoes everything under a context that outlives ctx, and adds what went
 // wrong to err.
 func (u *undoStack) run(ctx context.Context, err error) error {

@@ -156,7 +156,7 @@ type local struct {
 func newLocal(t testing.TB, cfg Config) *local {
 	t.Helper()
 	needRoot(t)
-	dir, err := os.MkdirTemp("/tmp", "mnt")
+	dir, err := os.MkdirTemp("/tmp", "mnt") //nolint:usetesting // not on a file system that a test mounts, and short
 	check(t, err)
 	s, err := session.Open(session.Config{Dir: filepath.Join(dir, "session")})
 	check(t, err)

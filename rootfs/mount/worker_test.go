@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -182,13 +181,12 @@ type supervised struct {
 	cancel   context.CancelFunc
 	done     chan struct{}
 	err      error // after done
-	stopOnce sync.Once
 }
 
 func supervise(t testing.TB, mode session.Mode, cfg workerConfig, change ...func(*session.SuperviseConfig)) *supervised {
 	t.Helper()
 	needRoot(t)
-	dir, err := os.MkdirTemp("/tmp", "mnt")
+	dir, err := os.MkdirTemp("/tmp", "mnt") //nolint:usetesting // not on a file system that a test mounts, and short
 	check(t, err)
 	s := &supervised{t: t, dir: dir, socket: filepath.Join(dir, "control"), done: make(chan struct{})}
 	s.session, err = session.Open(session.Config{Dir: filepath.Join(dir, "session"), Mode: mode})
@@ -237,7 +235,7 @@ func (s *supervised) stop() error {
 // order asks the worker, or the next one if it dies meanwhile.
 func (s *supervised) order(o order) (answer, error) {
 	for range 200 {
-		c, err := net.Dial("unix", s.socket)
+		c, err := net.Dial("unix", s.socket) //nolint:noctx // a unix socket answers at once
 		if err != nil {
 			return answer{}, err
 		}

@@ -67,7 +67,7 @@ func TestOtherDevice(t *testing.T) {
 
 func startPeer(t *testing.T, bin, vmm, host string) {
 	t.Helper()
-	cmd := exec.Command(bin, "--guest-cid=3", "--socket="+vmm, "--uds-path="+host)
+	cmd := exec.CommandContext(t.Context(), bin, "--guest-cid=3", "--socket="+vmm, "--uds-path="+host)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out

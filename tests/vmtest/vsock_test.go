@@ -478,7 +478,7 @@ func TestParentDies(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(exe, "-test.run", "^TestParentDies$")
+	cmd := exec.CommandContext(t.Context(), exe, "-test.run", "^TestParentDies$")
 	cmd.Env = append(os.Environ(), "VMTEST_ORPHAN="+dir, "TMPDIR="+dir)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out

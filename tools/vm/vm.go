@@ -168,7 +168,7 @@ func (v *VM) startVsock() error {
 // startQEMU starts QEMU from a thread that lives as long as QEMU does: Pdeathsig
 // fires when the thread that forked ends (prctl(2), PR_SET_PDEATHSIG).
 func (v *VM) startQEMU() error {
-	cmd := exec.Command(v.cfg.QEMU, v.cfg.args(v.accel, v.vsock, v.dir)...)
+	cmd := exec.Command(v.cfg.QEMU, v.cfg.args(v.accel, v.vsock, v.dir)...) //nolint:noctx // Close and Kill end it
 	cmd.Stdout, cmd.Stderr = &v.console, &v.stderr
 	// A group of its own: a terminal's interrupt is for us to handle.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}

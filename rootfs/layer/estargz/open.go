@@ -96,7 +96,7 @@ func readRange(ctx context.Context, b layer.Blob, off, n int64) ([]byte, error) 
 	if closeErr := r.Close(); err == nil {
 		err = closeErr
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	return p, err
@@ -145,7 +145,7 @@ func unpackTOC(r io.Reader, size int64) ([]byte, error) {
 
 // badTOC is the error for a TOC that cannot be unpacked.
 func badTOC(err error) error {
-	if err == io.EOF || errors.Is(err, tar.ErrHeader) {
+	if errors.Is(err, io.EOF) || errors.Is(err, tar.ErrHeader) {
 		err = invalid(err)
 	}
 	return fmt.Errorf("unpack TOC: %w", err)

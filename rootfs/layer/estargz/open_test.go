@@ -206,7 +206,7 @@ func checkContent(t *testing.T, l *index.Layer, b *blob, plain []byte) {
 	files := map[string][]byte{}
 	for tr := tar.NewReader(bytes.NewReader(plain)); ; {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {

@@ -21,7 +21,7 @@ type reader struct {
 // took notes what a read from src came to.
 func (r *reader) took(n int64, err error) {
 	r.off += n
-	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 		r.err = err
 	}
 }

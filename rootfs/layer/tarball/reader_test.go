@@ -3,6 +3,7 @@ package tarball
 import (
 	"archive/tar"
 	"bytes"
+	"errors"
 	"fmt"
 	"go/build"
 	"io"
@@ -55,12 +56,12 @@ func sameAsStandard(t *testing.T, stream []byte) int {
 		for wantErr == nil && want.Typeflag == tar.TypeXGlobalHeader {
 			want, wantErr = std.Next()
 		}
-		if wantErr != nil && wantErr != io.EOF {
+		if wantErr != nil && !errors.Is(wantErr, io.EOF) {
 			return n
 		}
 		got, err := own.next()
-		if wantErr == io.EOF {
-			if err != io.EOF {
+		if errors.Is(wantErr, io.EOF) {
+			if !errors.Is(err, io.EOF) {
 				t.Fatalf("after %d entries: %v where archive/tar is at the end", n, err)
 			}
 			return n
