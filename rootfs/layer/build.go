@@ -3,6 +3,7 @@ package layer
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -78,7 +79,7 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 	packed := startAhead(ctx, &stages, blob)
 	head := make([]byte, 4)
 	n, err := io.ReadFull(packed, head)
-	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return nil, err
 	}
 	whole := io.MultiReader(bytes.NewReader(head[:n]), packed)
@@ -189,7 +190,7 @@ func (v *verified) Read(p []byte) (int, error) {
 	if v.progress != nil && n > 0 {
 		v.progress(v.read)
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = v.check()
 	}
 	return n, err

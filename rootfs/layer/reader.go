@@ -149,7 +149,7 @@ func discard(r io.Reader, n int64) error {
 	} else {
 		_, err = io.CopyN(io.Discard, r, n)
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
 	return err

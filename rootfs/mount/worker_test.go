@@ -235,7 +235,7 @@ func (s *supervised) stop() error {
 // order asks the worker, or the next one if it dies meanwhile.
 func (s *supervised) order(o order) (answer, error) {
 	for range 200 {
-		c, err := net.Dial("unix", s.socket) //nolint:noctx // a unix socket answers at once
+		c, err := net.Dial("unix", s.socket)
 		if err != nil {
 			return answer{}, err
 		}

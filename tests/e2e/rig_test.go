@@ -38,7 +38,7 @@ func newRig(t *testing.T) *rig {
 		if left := r.mounts(); len(left) > 0 {
 			t.Errorf("left mounted:\n%s", strings.Join(left, "\n"))
 		}
-		if out, err := exec.Command("pgrep", "-af", "qemu-system.*"+r.tmp).Output(); err == nil { //nolint:noctx // a quick look
+		if out, err := exec.Command("pgrep", "-af", "qemu-system.*"+r.tmp).Output(); err == nil {
 			t.Errorf("virtual machines left:\n%s", out)
 		}
 		if left, err := os.ReadDir(r.tmp); err != nil || len(left) > 0 {

@@ -90,7 +90,7 @@ func TestLinkCarriesBytesAndHalfClose(t *testing.T) {
 	if _, err := rand.Read(want); err != nil {
 		t.Fatal(err)
 	}
-	c, err := net.Dial("tcp", front.Addr().String()) //nolint:noctx // the test's own listener
+	c, err := net.Dial("tcp", front.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,7 +105,7 @@ func TestLinkCarriesBytesAndHalfClose(t *testing.T) {
 	if l.Bytes() != int64(len(want)) {
 		t.Errorf("counted %d bytes of %d", l.Bytes(), len(want))
 	}
-	open, err := net.Dial("tcp", front.Addr().String()) //nolint:noctx // the test's own listener
+	open, err := net.Dial("tcp", front.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +120,7 @@ func TestLinkCarriesBytesAndHalfClose(t *testing.T) {
 
 func listen(t *testing.T) net.Listener {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // returns at once
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package gzip
 
 import (
+	"errors"
 	"fmt"
 	"io"
 
@@ -92,7 +93,7 @@ func (in *input) bit() int64 { return (in.base+int64(in.pos))*8 - int64(in.n) }
 
 // ended is the error for a stream that stops too early.
 func (in *input) ended() error {
-	if in.err != nil && in.err != io.EOF {
+	if in.err != nil && !errors.Is(in.err, io.EOF) {
 		return in.err
 	}
 	return fmt.Errorf("gzip data ends at byte %d: %w", in.base+int64(in.end), io.ErrUnexpectedEOF)

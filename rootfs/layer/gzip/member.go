@@ -2,6 +2,7 @@ package gzip
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -75,7 +76,7 @@ func (h *header) skipExtra() error {
 // memberHeader reads the header of a member. It returns io.EOF when the blob
 // ends instead; anything else there, zeros too, is an error.
 func memberHeader(in *input) error {
-	if !in.need(8) && (in.err == nil || in.err == io.EOF) {
+	if !in.need(8) && (in.err == nil || errors.Is(in.err, io.EOF)) {
 		return io.EOF
 	}
 	h := header{in: in}

@@ -91,7 +91,7 @@ func (r *Reader) Read(p []byte) (int, error) {
 func (r *Reader) Discard(n int64) error {
 	for n > 0 {
 		if err := r.decode(int(min(n, outputSize))); err != nil {
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				return io.ErrUnexpectedEOF
 			}
 			return err
@@ -136,7 +136,7 @@ func (r *Reader) step(want int) error {
 // begin reads the header of the next member.
 func (r *Reader) begin() error {
 	err := memberHeader(&r.z.in)
-	if err == io.EOF && !r.seen {
+	if errors.Is(err, io.EOF) && !r.seen {
 		return io.ErrUnexpectedEOF
 	}
 	if err != nil {

@@ -48,7 +48,7 @@ func (r *reader) full(p []byte) error {
 func (r *reader) skip(n int64) error {
 	k, err := io.CopyN(io.Discard, r.src, n)
 	r.took(k, err)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	return err
@@ -62,7 +62,7 @@ func (r *reader) Read(p []byte) (int, error) {
 	n, err := r.src.Read(p[:min(int64(len(p)), r.left)])
 	r.took(int64(n), err)
 	r.left -= int64(n)
-	if err == io.EOF && r.left > 0 {
+	if errors.Is(err, io.EOF) && r.left > 0 {
 		err = r.invalid(r.off, io.ErrUnexpectedEOF)
 	}
 	return n, err
@@ -112,7 +112,7 @@ func (r *reader) finish() error {
 	r.left = 0
 	err := r.skip(r.pad)
 	r.pad = 0
-	if err == io.ErrUnexpectedEOF {
+	if errors.Is(err, io.ErrUnexpectedEOF) {
 		return nil
 	}
 	return err
@@ -125,7 +125,7 @@ func (r *reader) header() (*header, format, error) {
 		at := r.off
 		n, err := io.ReadFull(r.src, r.block[:])
 		r.took(int64(n), err)
-		if err == io.ErrUnexpectedEOF {
+		if errors.Is(err, io.ErrUnexpectedEOF) {
 			return nil, 0, r.invalid(at, err)
 		}
 		if err != nil {

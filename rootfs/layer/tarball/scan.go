@@ -40,7 +40,7 @@ func Scan(r io.Reader, seg Segment) (*Result, error) {
 	s := scanner{tar: reader{src: r}, seg: seg}
 	for {
 		h, err := s.tar.next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return s.end()
 		}
 		if err != nil {
