@@ -64,7 +64,7 @@ type Registry struct {
 	// Credentials is a file in the form of Docker's config.json; anonymous
 	// when empty. It is read for each request, so it may be replaced.
 	Credentials string `toml:"credentials"`
-	// Layers is how many layers of one image are fetched at a time.
+	// Layers is how many layers the node fetches and unpacks at a time.
 	Layers int `toml:"layers"`
 	// Ranges is how many parts of one layer are fetched at a time.
 	Ranges int `toml:"ranges"`
@@ -102,7 +102,7 @@ func Default() Config {
 		Root:     "/var/lib/tatami",
 		Class:    "online",
 		Log:      Log{Level: "info", Format: "json"},
-		Registry: Registry{Layers: 4, Ranges: 4},
+		Registry: Registry{Layers: 8, Ranges: 4},
 		Relay:    Relay{Requests: 16, Stall: Duration(30 * time.Second)},
 	}
 }

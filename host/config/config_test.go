@@ -145,6 +145,25 @@ func TestLogger(t *testing.T) {
 	}
 }
 
+// The example says what the defaults are, and names every setting.
+func TestExample(t *testing.T) {
+	text, err := os.ReadFile("host.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := Decode(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.Registry.PlainHTTP = nil // empty
+	if want := Default(); !reflect.DeepEqual(got, want) {
+		t.Errorf("the example gives %+v, the defaults are %+v", got, want)
+	}
+	if n, want := strings.Count(string(text), " = "), fields(reflect.TypeFor[Config]()); n != want {
+		t.Errorf("%d settings in the example, there are %d", n, want)
+	}
+}
+
 // A daemon with more settings is not understood any more.
 func TestSettings(t *testing.T) {
 	if n := fields(reflect.TypeFor[Config]()); n > 20 {

@@ -74,7 +74,7 @@ func (f files) writeDir(name string, content map[string][]byte) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(tmp) //nolint:errcheck // temp is emptied at the next start
+	defer os.RemoveAll(tmp)
 	for base, data := range content {
 		file, err := os.OpenFile(filepath.Join(tmp, base), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {

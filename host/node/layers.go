@@ -175,7 +175,15 @@ func (n *Node) tocLayer(ctx context.Context, repo *registry.Repository, l image.
 }
 
 // buildLayer streams the whole blob once: into the store, and into an index.
+// How many do so at a time is bounded for the node: each takes a core and the
+// buffers of a stream.
 func (n *Node) buildLayer(ctx context.Context, repo *registry.Repository, l image.Layer, bytes *atomic.Int64) (*layerIndex, error) {
+	select {
+	case n.building <- struct{}{}:
+		defer func() { <-n.building }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	body, err := repo.Open(ctx, l.Descriptor)
 	if err != nil {
 		return nil, err

@@ -19,7 +19,7 @@ import (
 // registry again, in ranges, through the checkpoints.
 func TestRestart(t *testing.T) {
 	g := newRig(t)
-	plain, toc := tree{"bin/a": text(1, 5<<20), "etc/b": text(2, 9000)}, tree{"c": text(3, 2<<20)}
+	plain, toc := tree{"bin/a": text(1, 3<<20), "etc/b": text(2, 9000)}, tree{"c": text(3, 2<<20)}
 	pushed := g.push("app:v1", plain.gzip(t), toc.estargz(t))
 	before := g.prepare(t, "app:v1")
 	g.restart(t)
@@ -190,6 +190,10 @@ func TestRecover(t *testing.T) {
 	}
 	g.check(t, g.lease(t, "app:v1"), 0, files)
 	g.prepare(t, "other:v1")
+	g.restart(t)
+	if n := g.Stats().Images; n != 2 {
+		t.Errorf("%d images after another restart", n)
+	}
 	g.lease(t, "other:v1")
 }
 

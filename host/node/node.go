@@ -49,7 +49,7 @@ type Config struct {
 	Root string // directory of everything the node keeps; made when missing
 	// Registry is how images are fetched; it stays the caller's.
 	Registry *registry.Client
-	Layers   int // of one image fetched at a time; 4 when 0
+	Layers   int // built at a time; 8 when 0
 	Log      *slog.Logger
 }
 
@@ -63,6 +63,7 @@ type Node struct {
 	// patience is how long a tag that was resolved before is asked for.
 	patience   time.Duration
 	background sync.WaitGroup // what nobody waits for but Close
+	building   chan struct{}  // one element for each layer being built
 
 	prepares flights[target, *Prepared]      // by reference
 	indexing flights[digest.Digest, indexed] // by manifest
@@ -81,14 +82,15 @@ type Node struct {
 // has it.
 func Open(cfg Config) (*Node, error) {
 	if cfg.Layers == 0 {
-		cfg.Layers = 4
+		cfg.Layers = 8
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	n := &Node{
 		cfg: cfg, log: cfg.Log, files: files(cfg.Root), patience: 10 * time.Second,
-		images: map[digest.Digest]*record{}, leases: map[digest.Digest]int{},
+		building: make(chan struct{}, cfg.Layers),
+		images:   map[digest.Digest]*record{}, leases: map[digest.Digest]int{},
 		pins: map[layerKey]int{}, jobs: map[string]*job{},
 		fetching: map[digest.Digest]*progress{},
 	}
@@ -97,7 +99,7 @@ func Open(cfg Config) (*Node, error) {
 		return nil, fmt.Errorf("open node %s: %w", cfg.Root, err)
 	}
 	if err = n.files.create(); err == nil {
-		err = n.recover()
+		err = n.restore()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open node %s: %w", cfg.Root, errors.Join(err, n.store.Close()))

@@ -135,7 +135,7 @@ func TestSharedLayer(t *testing.T) {
 // the rest follows when it is read, and is verified.
 func TestEStargz(t *testing.T) {
 	g := newRig(t)
-	files := tree{"bin/large": text(1, 6<<20), "etc/motd": text(2, 50_000)}
+	files := tree{"bin/large": text(1, 4<<20), "etc/motd": text(2, 50_000)}
 	pushed := g.push("app:v1", files.estargz(t))
 	p := g.prepare(t, "app:v1")
 	blob := pushed.Layers[0]
@@ -274,6 +274,26 @@ func TestFailures(t *testing.T) {
 			g.prepare(t, "app:v1")
 			g.check(t, g.lease(t, "app:v1"), 0, files)
 		})
+	}
+}
+
+// Of two images that share a layer, the one whose config lies about it is
+// refused, whichever comes first.
+func TestForgedDiffID(t *testing.T) {
+	files := tree{"a": text(1, 100_000)}
+	for _, order := range [][]string{{"honest:v1", "forged:v1"}, {"forged:v1", "honest:v1"}} {
+		g := newRig(t)
+		layer := files.gzip(t)
+		g.push("honest:v1", layer)
+		layer.DiffID = digest.FromString("another")
+		g.push("forged:v1", layer)
+		for _, object := range order {
+			_, err := g.Prepare(t.Context(), g.ref(object), "")
+			if object == "honest:v1" && err != nil || object == "forged:v1" && !errdefs.IsDataLoss(err) {
+				t.Errorf("%v: %s: %v", order, object, err)
+			}
+		}
+		g.check(t, g.lease(t, "honest:v1"), 0, files)
 	}
 }
 

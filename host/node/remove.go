@@ -114,9 +114,9 @@ func (n *Node) usedLayers() map[layerKey]bool {
 	return used
 }
 
-// recover loads the records of the images and removes what belongs to none.
+// restore loads the records of the images and removes what belongs to none.
 // An image whose record is damaged is removed: preparing it makes it anew.
-func (n *Node) recover() error {
+func (n *Node) restore() error {
 	var damaged []string
 	err := digests(n.files.images(), func(d digest.Digest, rest, path string) {
 		err := fmt.Errorf("this is not the name of an image: %w", errdefs.ErrDataLoss)
@@ -139,11 +139,11 @@ func (n *Node) recover() error {
 			return err
 		}
 	}
-	return errors.Join(n.recoverLayers(), n.recoverStore(), n.forgetRefs())
+	return errors.Join(n.restoreLayers(), n.restoreStore(), n.forgetRefs())
 }
 
-// recoverLayers removes layer indexes that belong to no image.
-func (n *Node) recoverLayers() error {
+// restoreLayers removes layer indexes that belong to no image.
+func (n *Node) restoreLayers() error {
 	used := map[string]bool{}
 	for k := range n.usedLayers() {
 		used[n.layerPath(k)] = true
@@ -160,8 +160,8 @@ func (n *Node) recoverLayers() error {
 	return err
 }
 
-// recoverStore removes what the store has of images that are not known.
-func (n *Node) recoverStore() error {
+// restoreStore removes what the store has of images that are not known.
+func (n *Node) restoreStore() error {
 	for _, i := range n.store.Images() {
 		if _, ok := n.images[i.Manifest]; !ok {
 			if err := n.store.Remove(i.Manifest); err != nil {

@@ -40,7 +40,7 @@ func (r *Relay) refuse(w http.ResponseWriter, req *http.Request, err error) {
 	var f *failure
 	if !errors.As(err, &f) {
 		f = classify(err)
-		r.cfg.Log.Warn("request failed", "path", req.URL.Path, "error", err)
+		r.cfg.Log.Debug("request failed", "path", req.URL.Path, "error", err)
 	}
 	write(w, f)
 }

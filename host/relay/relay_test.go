@@ -82,7 +82,7 @@ type rig struct {
 
 func start(t *testing.T, cfg Config) *rig {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,9 +90,7 @@ func start(t *testing.T, cfg Config) *rig {
 	done := make(chan error, 1)
 	go func() { done <- r.Serve(l) }()
 	t.Cleanup(func() {
-		ctx, cancel := context.WithCancel(context.Background())
-		cancel()
-		r.Shutdown(ctx)
+		r.Shutdown(t.Context()) // which has ended
 		if err := <-done; err != nil {
 			t.Errorf("serve: %v", err)
 		}
@@ -359,7 +357,7 @@ func TestSlowReader(t *testing.T) {
 	s, manifest, blob, _ := shop()
 	large := s.put(segments, random(64<<20)) // more than socket buffers hold
 	g := start(t, Config{Grants: grants("a", "", manifest, s), Requests: 1, Stall: 200 * time.Millisecond})
-	conn, err := net.Dial("tcp", g.addr)
+	conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", g.addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -377,6 +375,32 @@ func TestSlowReader(t *testing.T) {
 	n, err := io.Copy(io.Discard, conn)
 	if n+100 >= 64<<20 {
 		t.Fatalf("the stalled connection got all %d bytes (%v)", n, err)
+	}
+}
+
+// A guest that reads slowly, but reads, gets everything, however long it takes.
+func TestPatientReader(t *testing.T) {
+	s, manifest, _, _ := shop()
+	large := s.put(segments, random(24<<20))
+	g := start(t, Config{Grants: grants("a", "", manifest, s), Stall: 500 * time.Millisecond})
+	req, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+g.addr+"/v2/a/segments/"+large.String(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := g.http.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	sum := digest.Canonical.Digester()
+	for began := time.Now(); err == nil; {
+		_, err = io.CopyN(sum.Hash(), resp.Body, 512<<10)
+		if time.Since(began) < 1500*time.Millisecond { // three stalls
+			time.Sleep(25 * time.Millisecond)
+		}
+	}
+	if !errors.Is(err, io.EOF) || sum.Digest() != large {
+		t.Fatalf("the end: %v; digest right: %v", err, sum.Digest() == large)
 	}
 }
 

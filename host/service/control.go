@@ -9,8 +9,6 @@ import (
 	"strconv"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
-	"github.com/containerd/ttrpc"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 
@@ -19,15 +17,9 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/store"
 )
 
-// newServer returns a ttrpc server that turns classes of errors into status
-// codes. Nothing below it knows of those.
-func newServer() (*ttrpc.Server, error) {
-	return ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(
-		func(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
-			answer, err := method(ctx, unmarshal)
-			return answer, errgrpc.ToGRPC(err)
-		}))
-}
+// maxConfig leaves room for the rest of an answer in a ttrpc message, which has
+// at most 4 MiB.
+const maxConfig = 4<<20 - 64<<10
 
 // control is the Node service.
 type control struct{ s *Service }
@@ -39,6 +31,9 @@ func (c control) Prepare(ctx context.Context, req *api.PrepareRequest) (*api.Pre
 	p, err := c.s.cfg.Node.Prepare(ctx, req.Reference, req.Platform)
 	if err != nil {
 		return nil, err
+	}
+	if len(p.Config) > maxConfig {
+		return nil, fmt.Errorf("prepare %s: the image's config of %d bytes does not fit into an answer: %w", req.Reference, len(p.Config), errdefs.ErrInvalidArgument)
 	}
 	return &api.PrepareResponse{
 		ManifestDigest: p.Manifest.String(), Repository: reference.Path(p.Reference), Config: p.Config,

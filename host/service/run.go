@@ -11,7 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/containerd/ttrpc"
 	"oras.land/oras-go/v2/registry/remote/auth"
 	"oras.land/oras-go/v2/registry/remote/credentials"
 
@@ -28,6 +27,10 @@ const (
 	answerGrace = 5 * time.Second
 )
 
+// rangeBytes is how much of a layer one request asks for, in bytes. A stream
+// keeps Registry.Ranges of them in memory.
+const rangeBytes = 4 << 20
+
 // firstGrace is how long a program with IdleExit waits for its first
 // connection.
 const firstGrace = time.Minute
@@ -41,9 +44,15 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
+	front, err := newFront()
+	if err != nil {
+		return err
+	}
+	// Connections are closed last: the answers of the last calls are on their way.
+	defer func() { err = errors.Join(err, front.server.Close()) }()
 	client := registry.New(registry.Config{
 		PlainHTTP: registry.PlainHTTPHosts(cfg.Registry.PlainHTTP), Credentials: credentialsOf(cfg.Registry.Credentials),
-		UserAgent: "tatami-host", Log: log, InFlight: cfg.Registry.Ranges,
+		UserAgent: "tatami-host", Log: log, Chunk: rangeBytes, InFlight: cfg.Registry.Ranges,
 	})
 	defer func() { err = errors.Join(err, client.Close()) }()
 	n, err := node.Open(node.Config{Root: cfg.Root, Registry: client, Layers: cfg.Registry.Layers, Log: log})
@@ -55,12 +64,15 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
 		Node: n, Class: cfg.Class, Requests: cfg.Relay.Requests, Stall: time.Duration(cfg.Relay.Stall),
 		Sockets: filepath.Join(cfg.Root, "sockets.json"), Log: log,
 	})
-	defer func() {
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerGrace)
-		defer cancel()
-		s.close(grace)
-	}()
-	return s.control(ctx, cfg)
+	defer s.finish(ctx)
+	return s.control(ctx, cfg, front)
+}
+
+// finish detaches all sandboxes.
+func (s *Service) finish(ctx context.Context) {
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerGrace)
+	defer cancel()
+	s.close(grace)
 }
 
 // credentialsOf reads a file in the form of Docker's config.json whenever a
@@ -79,27 +91,23 @@ func credentialsOf(file string) auth.CredentialFunc {
 }
 
 // control serves the control socket until there is a reason to stop.
-func (s *Service) control(ctx context.Context, cfg config.Config) error {
+func (s *Service) control(ctx context.Context, cfg config.Config, f *front) error {
 	l, err := vsock.Listen("unix:" + cfg.Socket)
 	if err != nil {
 		return fmt.Errorf("open the control socket: %w", err)
 	}
-	server, err := newServer()
-	if err != nil {
-		return errors.Join(err, l.Close())
-	}
-	api.RegisterNodeService(server, control{s})
-	tracked := &tracked{Listener: l, idle: make(chan struct{}, 1)}
+	api.RegisterNodeService(f.server, control{s})
+	t := &tracked{Listener: l, idle: make(chan struct{}, 1)}
 	ended := make(chan error, 1)
-	go func() { ended <- server.Serve(context.WithoutCancel(ctx), tracked) }()
+	go func() { ended <- f.server.Serve(context.WithoutCancel(ctx), t) }()
 	s.log.Info("tatami-host serves", "root", cfg.Root, "socket", cfg.Socket, "pid", os.Getpid())
-	s.wait(ctx, cfg.IdleExit, tracked, ended)
+	s.wait(ctx, cfg.IdleExit, t, ended)
+	_ = l.Close() // has no error but that it is closed
+	err = <-ended
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), callGrace)
 	defer cancel()
-	if server.Shutdown(grace) != nil {
-		_ = server.Close() // calls that took too long are cancelled
-	}
-	if err := <-ended; !errors.Is(err, ttrpc.ErrServerClosed) {
+	f.drain(grace)
+	if !errors.Is(err, net.ErrClosed) {
 		return fmt.Errorf("serve the control socket: %w", err)
 	}
 	return nil
@@ -121,7 +129,7 @@ func (s *Service) wait(ctx context.Context, exit bool, t *tracked, ended chan er
 		case <-first.C:
 		case <-t.idle:
 		}
-		if exit && t.connections() == 0 && s.attached() == 0 {
+		if exit && s.attached() == 0 && t.retire() {
 			s.log.Info("tatami-host stops", "reason", "nothing uses it any more")
 			return
 		}
@@ -133,14 +141,18 @@ type tracked struct {
 	net.Listener
 	idle chan struct{} // has one element after the last connection closed
 
-	mu   sync.Mutex
-	open int // protected by mu
+	mu      sync.Mutex
+	open    int  // protected by mu
+	retired bool // no connection counts any more; protected by mu
 }
 
-func (t *tracked) connections() int {
+// retire ends the accepting of connections if there is none. A client that
+// comes too late sees its connection closed, not a node that is about to end.
+func (t *tracked) retire() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.open
+	t.retired = t.open == 0
+	return t.retired
 }
 
 // Accept implements net.Listener.
@@ -151,6 +163,10 @@ func (t *tracked) Accept() (net.Conn, error) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.retired {
+		_ = c.Close() // nothing was said on it
+		return nil, net.ErrClosed
+	}
 	t.open++
 	return &trackedConn{Conn: c, t: t}, nil
 }

@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"github.com/distribution/reference"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/net/netutil"
 
 	"github.com/tatami-containers/tatami/host/node"
@@ -69,7 +72,7 @@ func newSandbox(s *Service, id string, at place) (*sandbox, error) {
 // serve answers on both listeners until close.
 func (b *sandbox) serve(host, relay net.Listener) {
 	b.wg.Go(func() {
-		err := b.host.Serve(context.Background(), netutil.LimitListener(host, hostConns))
+		err := b.host.Serve(silent(context.Background()), netutil.LimitListener(host, hostConns))
 		if !errors.Is(err, ttrpc.ErrServerClosed) {
 			b.s.log.Error("the Host service of a sandbox ended", "sandbox", b.id, "error", err)
 		}
@@ -79,6 +82,14 @@ func (b *sandbox) serve(host, relay net.Listener) {
 			b.s.log.Error("the relay of a sandbox ended", "sandbox", b.id, "error", err)
 		}
 	})
+}
+
+// silent keeps ttrpc from logging what a guest sends: a hostile one could fill
+// the node's log.
+func silent(ctx context.Context) context.Context {
+	l := logrus.New()
+	l.SetOutput(io.Discard)
+	return log.WithLogger(ctx, logrus.NewEntry(l))
 }
 
 // close ends both services and gives back the images. Answers under way are

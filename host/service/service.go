@@ -3,7 +3,7 @@
 // a sandbox may ask for is known from where it connects: nothing that a guest
 // says about itself counts.
 //
-// Locks: Service.mu, then ports.mu; sandbox.mu is a leaf. None is held while an
+// Locks: Service.mu, ports.mu and sandbox.mu are leaves. None is held while an
 // image is prepared or a sandbox is closed.
 package service
 
@@ -76,23 +76,44 @@ func (s *Service) attach(id string, at place) error {
 		return err
 	}
 	box, err := s.open(id, at)
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	if err == nil {
+		err = s.install(id, box)
+	}
 	if err != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		delete(s.sandboxes, id)
 		return fmt.Errorf("attach sandbox %s: %w", id, err)
 	}
-	s.sandboxes[id] = box
-	s.noteSockets()
 	s.log.Info("sandbox attached", "sandbox", id, "host", at.host, "relay", at.relay)
 	return nil
 }
+
+// install makes a reserved sandbox known.
+func (s *Service) install(id string, box *sandbox) error {
+	s.mu.Lock()
+	stopping := s.closed
+	if !stopping {
+		s.sandboxes[id] = box
+		s.noteSockets()
+	}
+	s.mu.Unlock()
+	if stopping {
+		over, cancel := context.WithCancel(context.Background())
+		cancel()
+		box.close(over)
+		return errStopping
+	}
+	return nil
+}
+
+var errStopping = fmt.Errorf("the node is stopping: %w", errdefs.ErrUnavailable)
 
 func (s *Service) reserve(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return fmt.Errorf("attach sandbox %s: the node is stopping: %w", id, errdefs.ErrUnavailable)
+		return fmt.Errorf("attach sandbox %s: %w", id, errStopping)
 	}
 	if _, ok := s.sandboxes[id]; ok {
 		return fmt.Errorf("sandbox %s is attached already: detach it first or choose another id: %w", id, errdefs.ErrAlreadyExists)

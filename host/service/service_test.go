@@ -48,9 +48,7 @@ func newRig(t *testing.T) *rig {
 	g.Service = New(Config{Node: n, Class: "online", Sockets: filepath.Join(g.dir, "sockets.json")})
 	g.control = control{g.Service}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithCancel(context.Background())
-		cancel()
-		g.Service.close(ctx)
+		g.Service.close(t.Context()) // which has ended
 		if err := n.Close(); err != nil {
 			t.Error(err)
 		}
@@ -401,7 +399,7 @@ func TestLeftovers(t *testing.T) {
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	served, err := net.Listen("unix", live)
+	served, err := new(net.ListenConfig).Listen(t.Context(), "unix", live)
 	if err != nil {
 		t.Fatal(err)
 	}
