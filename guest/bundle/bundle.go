@@ -24,7 +24,7 @@ const userAnnotation = "dev.tatami.image.user"
 func Prepare(config []byte, root string) ([]byte, error) {
 	var spec specs.Spec
 	if err := json.Unmarshal(config, &spec); err != nil {
-		return nil, fmt.Errorf("decode the runtime configuration: %v: %w", err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("decode the runtime configuration: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	if spec.Process == nil || len(spec.Process.Args) == 0 {
 		return nil, fmt.Errorf("the runtime configuration has no command: %w", errdefs.ErrInvalidArgument)

@@ -47,7 +47,7 @@ func readConfined(root, path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(dir) //nolint:errcheck // an O_PATH descriptor
+	defer unix.Close(dir)
 	fd, err := unix.Openat2(dir, path, &unix.OpenHow{
 		// A FIFO in the place of the file must not block.
 		Flags:   unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK,
@@ -56,7 +56,7 @@ func readConfined(root, path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(fd) //nolint:errcheck // only read
+	defer unix.Close(fd)
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return nil, err

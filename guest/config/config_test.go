@@ -55,6 +55,28 @@ dns = ["10.0.2.3"]
 	}
 }
 
+// TestDefaults holds the documented file against the code.
+func TestDefaults(t *testing.T) {
+	b, err := os.ReadFile("guest.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, _, err := load(t, string(b), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Default()
+	c.PlainHTTP, c.Net.DNS = nil, nil // empty and absent are the same
+	if !reflect.DeepEqual(*c, want) {
+		t.Errorf("got  %+v\nwant %+v", *c, want)
+	}
+	for _, s := range want.settings() {
+		if key := s.key[strings.LastIndexByte(s.key, '.')+1:]; !strings.Contains(string(b), "\n"+key+" = ") {
+			t.Errorf("%s is not documented", s.key)
+		}
+	}
+}
+
 func TestEverySettingHasAKeyInTheFile(t *testing.T) {
 	var c Config
 	for _, s := range c.settings() {

@@ -7,9 +7,9 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
 
+	"github.com/tatami-containers/tatami/guest/service"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
 )
@@ -32,9 +32,9 @@ func (h hostClient) Describe(ctx context.Context, req *api.DescribeRequest) (*ap
 	if err != nil {
 		return nil, err
 	}
-	defer cl.Close() //nolint:errcheck // the answer is what counts
+	defer cl.Close()
 	resp, err := api.NewHostClient(cl).Describe(ctx, req)
-	return resp, lost(errgrpc.ToNative(err))
+	return resp, lost(service.FromStatus(err))
 }
 
 // workerClient mounts through the worker, also through one that dies while it

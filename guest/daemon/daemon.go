@@ -40,7 +40,7 @@ func Main(args []string, stderr io.Writer) int {
 	case err == nil, errors.Is(err, flag.ErrHelp):
 		return 0
 	default:
-		fmt.Fprintln(stderr, "tatami-guest:", err) //nolint:errcheck // nowhere else to say it
+		fmt.Fprintln(stderr, "tatami-guest:", err)
 		return 1
 	}
 }

@@ -215,6 +215,27 @@ func TestFallbacks(t *testing.T) {
 	}
 }
 
+// TestFullPullThroughAnAddress: every registry is reached at one address, and
+// the node is not asked.
+func TestFullPullThroughAnAddress(t *testing.T) {
+	n := newNode(t)
+	at := "unix:" + filepath.Join(t.TempDir(), "registry")
+	reg := registrytest.Start(t, registrytest.Options{Listener: listenOn(t, at)})
+	reg.PushImage("x", "v1", registrytest.Image{Layers: []registrytest.Layer{gz(registrytest.File("a", 0o644, "hello"))}})
+	g := startGuest(t, n, "--registry", "true", "--registry-address", at, "--plain-http", "far.example:5000")
+	target := g.path("root")
+	resp, err := g.Mount(t.Context(), &api.MountRequest{Id: "c1", Reference: "far.example:5000/x:v1", Target: target, Mode: api.Mode_MODE_FULL})
+	if err != nil || resp.Path != "unpacked" {
+		t.Fatalf("%v, %v", resp, err)
+	}
+	if b, err := os.ReadFile(filepath.Join(target, "a")); err != nil || string(b) != "hello" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if asked := len(n.reg.Requests("")); asked > 0 {
+		t.Errorf("the relay was asked %d times", asked)
+	}
+}
+
 func TestNobodyToAsk(t *testing.T) {
 	n := newNode(t)
 	g := startGuest(t, n, "--host-address", "unix:"+filepath.Join(n.dir, "nobody"))
@@ -254,7 +275,7 @@ func TestAHostileIndex(t *testing.T) {
 	other := n.reg.PushImage("odd", "v2", registrytest.Image{Layers: []registrytest.Layer{gz(registrytest.File("b", 0o644, "y"))}})
 	// An index of another image, and one that is none, as referrers of this.
 	n.reg.PushReferrer("odd", img.Desc, "application/vnd.tatami.index.v1", n.reg.PushBlob("odd", "application/vnd.tatami.index.image.v1", []byte("garbage")))
-	n.pushIndex("odd", other, []registrytest.Layer{gz(registrytest.File("b", 0o644, "y"))})
+	n.pushIndexOf("odd", img.Desc, other, []registrytest.Layer{gz(registrytest.File("b", 0o644, "y"))})
 	n.add("c1", "example.com/odd:v1", img, "host")
 	g := startGuest(t, n)
 	root := g.mustPull("c1", "example.com/odd:v1")
@@ -271,7 +292,7 @@ func TestOtherServicesOfTheHub(t *testing.T) {
 	t.Run("not configured", func(t *testing.T) {
 		g := startGuest(t, n)
 		agent := g.dial("cdh")
-		defer agent.Close()
+		t.Cleanup(func() { _ = agent.Close() })
 		_, err := cdh.NewSealedSecretServiceClient(agent).UnsealSecret(t.Context(), &cdh.UnsealSecretInput{})
 		if err = errgrpc.ToNative(err); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "cdh_forward") {
 			t.Errorf("error %v", err)
@@ -281,7 +302,7 @@ func TestOtherServicesOfTheHub(t *testing.T) {
 		hub := newHub(t)
 		g := startGuest(t, n, "--cdh-forward", hub)
 		agent := g.dial("cdh")
-		defer agent.Close()
+		t.Cleanup(func() { _ = agent.Close() })
 		out, err := cdh.NewSealedSecretServiceClient(agent).UnsealSecret(t.Context(), &cdh.UnsealSecretInput{Secret: []byte("s")})
 		if err != nil || string(out.Plaintext) != "open s" {
 			t.Errorf("%v, %v", out, err)
@@ -329,6 +350,6 @@ func newHub(t *testing.T) string {
 	}
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(context.Background(), l) }()
-	t.Cleanup(func() { _ = srv.Close(); <-done })
+	t.Cleanup(func() { _, _ = srv.Close(), <-done })
 	return path
 }

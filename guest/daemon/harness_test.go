@@ -19,11 +19,13 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/guest/service"
 	"github.com/tatami-containers/tatami/protocols/imageservice/cdh"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/protocols/vsock"
 	"github.com/tatami-containers/tatami/rootfs/bootstrap"
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
@@ -56,33 +58,36 @@ func newNode(t *testing.T) *node {
 	if os.Getuid() != 0 {
 		t.Skip("needs root: mounts FUSE, EROFS and overlay")
 	}
-	n := &node{t: t, dir: t.TempDir(), containers: make(map[string]*api.DescribeResponse)}
-	l, err := net.Listen("unix", filepath.Join(n.dir, "relay"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.reg = registrytest.Start(t, registrytest.Options{Listener: l})
-	n.serveHost()
+	dir := t.TempDir()
+	n := newNodeOn(t, listenOn(t, "unix:"+filepath.Join(dir, "relay")), listenOn(t, "unix:"+filepath.Join(dir, "host")))
+	n.dir = dir
 	return n
 }
 
-func (n *node) serveHost() {
-	n.t.Helper()
+func listenOn(t *testing.T, addr string) net.Listener {
+	t.Helper()
+	l, err := vsock.Listen(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// newNodeOn serves on listeners that it closes.
+func newNodeOn(t *testing.T, relay, host net.Listener) *node {
+	t.Helper()
+	n := &node{t: t, reg: registrytest.Start(t, registrytest.Options{Listener: relay}), containers: make(map[string]*api.DescribeResponse)}
 	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(service.StatusErrors))
 	if err != nil {
-		n.t.Fatal(err)
+		t.Fatal(err)
 	}
 	api.RegisterHostService(srv, n)
-	l, err := net.Listen("unix", filepath.Join(n.dir, "host"))
-	if err != nil {
-		n.t.Fatal(err)
-	}
 	done := make(chan error, 1)
-	go func() { done <- srv.Serve(context.Background(), l) }()
-	n.t.Cleanup(func() {
-		_ = srv.Close() // its listener is closed with it
-		<-done
+	go func() { done <- srv.Serve(context.Background(), host) }()
+	t.Cleanup(func() {
+		_, _ = srv.Close(), <-done // the server was told to end
 	})
+	return n
 }
 
 // Describe implements the Host service.
@@ -107,6 +112,12 @@ func (n *node) add(id, ref string, img registrytest.Pushed, trust string) {
 // referrer, and the segments.
 func (n *node) pushIndex(repo string, img registrytest.Pushed, layers []registrytest.Layer) {
 	n.t.Helper()
+	n.pushIndexOf(repo, img.Desc, img, layers)
+}
+
+// pushIndexOf adds the index of an image as the referrer of another manifest.
+func (n *node) pushIndexOf(repo string, subject ocispec.Descriptor, img registrytest.Pushed, layers []registrytest.Layer) {
+	n.t.Helper()
 	var built []*index.Layer
 	segments := map[index.ID][]byte{}
 	for i, l := range layers {
@@ -126,7 +137,7 @@ func (n *node) pushIndex(repo string, img registrytest.Pushed, layers []registry
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	n.reg.PushReferrer(repo, img.Desc, index.ArtifactType, n.reg.PushBlob(repo, index.ImageType, b))
+	n.reg.PushReferrer(repo, subject, index.ArtifactType, n.reg.PushBlob(repo, index.ImageType, b))
 	for id, data := range segments {
 		n.reg.PushSegment(repo, id, data)
 	}
@@ -142,11 +153,8 @@ const (
 func samplePath(i int) string { return fmt.Sprintf("data/f%02d", i) }
 
 func sampleContent(i int) string {
-	rng := rand.New(rand.NewPCG(uint64(i), 7))
 	b := make([]byte, sampleSize)
-	for j := range b {
-		b[j] = byte(rng.Uint32() >> 3)
-	}
+	_, _ = rand.NewChaCha8([32]byte{byte(i)}).Read(b) // never fails
 	return string(b)
 }
 
@@ -181,8 +189,26 @@ type guest struct {
 	t      *testing.T
 	dir    string
 	cmd    *exec.Cmd
-	log    bytes.Buffer
+	log    logBuffer
 	client *ttrpc.Client
+}
+
+// logBuffer may be read while it is written.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
 
 // startGuest runs tatami-guest with unix sockets and waits until it answers.
@@ -193,7 +219,7 @@ func startGuest(t *testing.T, n *node, args ...string) *guest {
 		"--listen", "unix:" + g.path("guest"), "--stream-listen", "unix:" + g.path("streams"), "--cdh-socket", g.path("cdh"), "--state-dir", g.path("state"),
 		"--host-address", "unix:" + filepath.Join(n.dir, "host"), "--relay-address", "unix:" + filepath.Join(n.dir, "relay"), "--registry", "false",
 	}
-	g.cmd = exec.Command("/proc/self/exe", append(all, args...)...)
+	g.cmd = exec.CommandContext(context.Background(), "/proc/self/exe", append(all, args...)...)
 	g.cmd.Env = append(os.Environ(), asGuest+"=1")
 	g.cmd.Stderr = &g.log
 	g.cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
@@ -214,7 +240,7 @@ func (g *guest) path(name string) string { return filepath.Join(g.dir, name) }
 func (g *guest) dial(name string) *ttrpc.Client {
 	g.t.Helper()
 	for range 1000 {
-		conn, err := net.Dial("unix", g.path(name))
+		conn, err := vsock.Dial(g.t.Context(), "unix:"+g.path(name))
 		if err == nil {
 			return ttrpc.NewClient(conn)
 		}

@@ -41,11 +41,20 @@ func TestADeadWorkerIsAPause(t *testing.T) {
 				}
 			}
 			load.await(20)
+			// The same on demand: an upgrade.
+			old := g.workerPID()
+			if err := g.cmd.Process.Signal(unix.SIGHUP); err != nil {
+				t.Fatal(err)
+			}
+			for g.workerPID() == old {
+				time.Sleep(time.Millisecond)
+			}
+			load.await(20)
 			for _, err := range load.stop() {
 				t.Error(err)
 			}
 			g.connect()
-			if s := g.stats(); s.Restarts != kills || s.VerifyFailures != 0 {
+			if s := g.stats(); s.Restarts != kills+1 || s.VerifyFailures != 0 {
 				t.Errorf("restarts %d, wrong chunks %d", s.Restarts, s.VerifyFailures)
 			}
 			list, err := g.List(t.Context(), &api.ListRequest{})
@@ -161,4 +170,50 @@ func (l *load) stop() []error {
 	l.once.Do(func() { close(l.ended) })
 	l.readers.Wait()
 	return l.errs
+}
+
+// TestARegistryImageOutlivesTheWorker: without a node, the next worker needs
+// the index of each layer, which only the guest has.
+func TestARegistryImageOutlivesTheWorker(t *testing.T) {
+	n := newNode(t)
+	reg := registrytest.Start(t, registrytest.Options{})
+	content := sampleContent(1)
+	layer := registrytest.Must(registrytest.EStargz(registrytest.Must(registrytest.Tar(registrytest.File("a", 0o644, content)))))
+	reg.PushImage("toc", "v1", registrytest.Image{Layers: []registrytest.Layer{layer}})
+	g := startGuest(t, n, "--registry", "true", "--host-address", "", "--relay-address", "")
+	root := g.mustPull("c1", reg.Host()+"/toc:v1")
+	old := g.workerPID()
+	if err := unix.Kill(old, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	dropCaches(t)
+	if got, err := readAll(filepath.Join(root, "a")); err != nil || got != content {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	g.connect()
+}
+
+// TestTheEndDoesNotWaitForAStalledSource: a reader waits for bytes that never
+// come; the daemon ends all the same, the reader has an error, and the harness
+// sees that nothing stays mounted.
+func TestTheEndDoesNotWaitForAStalledSource(t *testing.T) {
+	n := newNode(t)
+	n.add("c1", sampleRef, n.pushSample("sample"), "host")
+	read := make(chan error, 1)
+	t.Run("guest", func(t *testing.T) {
+		g := startGuest(t, n)
+		root := g.mustPull("c1", sampleRef)
+		n.reg.Reset()
+		n.reg.Fault("/segments/", 0, registrytest.Stall(10, registrytest.Forever))
+		go func() {
+			_, err := readAll(filepath.Join(root, samplePath(7)))
+			read <- err
+		}()
+		for len(n.reg.Requests("/segments/")) == 0 {
+			time.Sleep(time.Millisecond)
+		}
+	})
+	if err := <-read; err == nil {
+		t.Error("the read succeeded")
+	}
 }

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/protocols/vsock"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 )
 
@@ -45,7 +46,7 @@ func (g *guest) startContainer(n *node, id, script string) (streams [3]net.Conn)
 		g.t.Fatal(err)
 	}
 	for i, s := range []string{"stdin", "stdout", "stderr"} {
-		c, err := net.Dial("unix", g.path("streams"))
+		c, err := vsock.Dial(g.t.Context(), "unix:"+g.path("streams"))
 		if err != nil {
 			g.t.Fatal(err)
 		}

@@ -5,12 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
+	"os/signal"
 	"sync"
 	"time"
 
 	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/guest/config"
 	"github.com/tatami-containers/tatami/guest/runner"
@@ -21,18 +22,15 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/mount/session"
 )
 
-// How long containers, and calls under way, may take to end.
-const (
-	runnerGrace = 10 * time.Second
-	serverGrace = 3 * time.Second
-)
+// runnerGrace is how long containers may take to end once they are killed.
+const runnerGrace = 10 * time.Second
 
 // supervisor is the process that must not die.
 type supervisor struct {
 	cfg     *config.Config
 	log     *slog.Logger
 	sockets sockets
-	servers []*ttrpc.Server
+	servers []*server
 	serving sync.WaitGroup
 	runner  *runner.Runner // nil when it is off
 }
@@ -67,10 +65,27 @@ func runSupervisor(ctx context.Context, cfg *config.Config, args []string, log *
 	})
 	err = session.Supervise(working, session.SuperviseConfig{
 		Session: fuse, Command: append(append([]string{self}, args...), roleWorker),
-		ExtraFiles: s.sockets.files, Cleanup: s.cleanUp, Log: log,
+		ExtraFiles: s.sockets.files, Restart: restarts(working), Cleanup: s.cleanUp, Log: log,
 	})
 	log.Info("ended", "error", err)
 	return err
+}
+
+// restarts asks for a new worker, of the program as it is now, at each SIGHUP:
+// that is an upgrade without a failed read.
+func restarts(ctx context.Context) <-chan struct{} {
+	hangups, restart := make(chan os.Signal, 1), make(chan struct{})
+	signal.Notify(hangups, unix.SIGHUP)
+	context.AfterFunc(ctx, func() { signal.Stop(hangups); close(hangups) })
+	go func() { // ends with ctx
+		for range hangups {
+			select {
+			case restart <- struct{}{}:
+			case <-ctx.Done():
+			}
+		}
+	}()
+	return restart
 }
 
 // prepare removes what an earlier supervisor left.
@@ -135,33 +150,18 @@ func (s *supervisor) serveRunner(ctx context.Context, powerOff func()) (err erro
 
 // serve starts a ttrpc server in this process.
 func (s *supervisor) serve(ctx context.Context, addr string, register func(*ttrpc.Server)) error {
-	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(service.StatusErrors))
+	srv, err := newServer(s.log)
 	if err != nil {
 		return err
 	}
-	register(srv)
+	register(srv.Server)
 	l, err := s.sockets.listen(addr)
 	if err != nil {
 		return err
 	}
 	s.servers = append(s.servers, srv)
-	s.serving.Go(func() { serveTTRPC(context.WithoutCancel(ctx), srv, l, s.log) })
+	srv.start(context.WithoutCancel(ctx), l)
 	return nil
-}
-
-func serveTTRPC(ctx context.Context, srv *ttrpc.Server, l net.Listener, log *slog.Logger) {
-	if err := srv.Serve(ctx, l); err != nil && !errors.Is(err, ttrpc.ErrServerClosed) {
-		log.Error("serve", "address", l.Addr().String(), "error", err)
-	}
-}
-
-// stopServer lets calls under way end.
-func stopServer(srv *ttrpc.Server) {
-	ctx, cancel := context.WithTimeout(context.Background(), serverGrace)
-	defer cancel()
-	if srv.Shutdown(ctx) != nil {
-		_ = srv.Close() // calls that take longer are cut off
-	}
 }
 
 func (s *supervisor) endContainers() {
@@ -177,7 +177,7 @@ func (s *supervisor) endContainers() {
 
 func (s *supervisor) close() {
 	for _, srv := range s.servers {
-		stopServer(srv)
+		srv.stop()
 	}
 	s.sockets.close()
 	s.serving.Wait()

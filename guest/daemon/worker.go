@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"runtime/debug"
 
-	"github.com/containerd/ttrpc"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tatami-containers/tatami/guest/config"
@@ -25,11 +24,16 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/store"
 )
 
-// Memory of the worker besides the store's, in bytes, and how soon garbage is
-// collected: it shares the machine with containers.
+// heapRoom is the memory of the worker besides the store's, in bytes. It shares
+// the machine with containers. Collecting garbage sooner than Go does by itself
+// saves nothing: what is alive is the store's.
+const heapRoom = 24 << 20
+
+// What a whole layer is pulled with: several are at a time, and each buffers
+// pullChunk*pullRanges bytes.
 const (
-	heapRoom  = 24 << 20
-	gcPercent = 50
+	pullChunk  = 2 << 20
+	pullRanges = 4
 )
 
 // worker serves until it dies; the next one takes over.
@@ -44,7 +48,6 @@ type worker struct {
 }
 
 func runWorker(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
-	debug.SetGCPercent(gcPercent)
 	debug.SetMemoryLimit(cfg.StoreMemory + heapRoom)
 	link, err := session.Inherit()
 	if err != nil {
@@ -108,7 +111,7 @@ func (w *worker) imagesConfig() images.Config {
 // client makes a registry client that dials addr, whatever it is asked for, or
 // the network when addr is empty.
 func (w *worker) client(addr string, plain func(string) bool) *registry.Client {
-	rc := registry.Config{PlainHTTP: plain, UserAgent: "tatami-guest", Log: w.log}
+	rc := registry.Config{PlainHTTP: plain, UserAgent: "tatami-guest", Chunk: pullChunk, InFlight: pullRanges, Log: w.log}
 	if addr != "" {
 		rc.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) { return vsock.Dial(ctx, addr) }
 	} else {
@@ -121,46 +124,51 @@ func (w *worker) client(addr string, plain func(string) bool) *registry.Client {
 
 // serve answers reads and calls until ctx ends or one of the two cannot go on.
 func (w *worker) serve(ctx context.Context) error {
+	listeners, err := w.listeners()
+	if err != nil {
+		return err
+	}
+	srv, err := w.server(ctx)
+	if err != nil {
+		return err
+	}
 	g, gctx := errgroup.WithContext(ctx)
 	if err := w.mounter.Restore(gctx, w.guest.Reopen(gctx)); err != nil {
 		return fmt.Errorf("take over mounts: %w", err)
 	}
-	srv, err := w.server(gctx)
-	if err != nil {
-		return err
-	}
 	reading, endReading := context.WithCancel(context.WithoutCancel(ctx))
+	defer endReading()
 	g.Go(func() error { return w.mounter.Serve(reading) })
 	g.Go(func() error { return w.guest.Watch(gctx) })
-	for _, f := range w.link.Extra() {
-		l, err := inherited(f)
-		if err != nil {
-			endReading()
-			return errors.Join(err, srv.Close(), g.Wait())
-		}
-		g.Go(func() error {
-			serveTTRPC(context.WithoutCancel(ctx), srv, l, w.log)
-			return nil
-		})
+	for _, l := range listeners {
+		srv.start(context.WithoutCancel(ctx), l)
 	}
 	w.log.Info("serving", "restarts", w.link.Restarts(), "mounts", len(w.mounter.List()))
-	// Calls end first: they may need reads.
-	g.Go(func() error {
-		<-gctx.Done()
-		defer endReading()
-		stopServer(srv)
-		return nil
-	})
+	<-gctx.Done()
+	srv.stop() // before reading ends: calls may read
+	endReading()
 	return g.Wait()
 }
 
+// listeners are those of the supervisor.
+func (w *worker) listeners() (all []net.Listener, err error) {
+	for _, f := range w.link.Extra() {
+		l, err := inherited(f)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, l)
+	}
+	return all, nil
+}
+
 // server offers Guest, and Runner where the supervisor has it.
-func (w *worker) server(ctx context.Context) (*ttrpc.Server, error) {
-	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(service.StatusErrors))
+func (w *worker) server(ctx context.Context) (*server, error) {
+	srv, err := newServer(w.log)
 	if err != nil {
 		return nil, err
 	}
-	api.RegisterGuestService(srv, w.guest)
+	api.RegisterGuestService(srv.Server, w.guest)
 	if !w.cfg.Runner {
 		return srv, nil
 	}
@@ -168,7 +176,7 @@ func (w *worker) server(ctx context.Context) (*ttrpc.Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reach the supervisor: %w", err)
 	}
-	api.RegisterRunnerService(srv, &service.Runner{RunnerService: api.NewRunnerClient(cl), Guest: w.guest})
+	api.RegisterRunnerService(srv.Server, &service.Runner{RunnerService: api.NewRunnerClient(cl), Guest: w.guest})
 	return srv, nil
 }
 

@@ -78,7 +78,7 @@ func readImage(ctx context.Context, repo *registry.Repository, p pin) (*Image, e
 	if p.manifest != "" {
 		var err error
 		if ref, err = reference.WithDigest(reference.TrimNamed(p.name), p.manifest); err != nil {
-			return nil, fmt.Errorf("pin %s to %s: %v: %w", p.name, p.manifest, err, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("pin %s to %s: %w: %w", p.name, p.manifest, err, errdefs.ErrInvalidArgument)
 		}
 	}
 	found, err := image.Resolve(ctx, repo, ref, image.DefaultPlatform())
@@ -123,7 +123,7 @@ func readArtifact(ctx context.Context, repo *registry.Repository, desc ocispec.D
 	}
 	var m ocispec.Manifest
 	if err := json.Unmarshal(b, &m); err != nil {
-		return nil, fmt.Errorf("decode artifact: %v: %w", err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("decode artifact: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	if m.ArtifactType != index.ArtifactType || len(m.Layers) == 0 || m.Layers[0].MediaType != index.ImageType {
 		return nil, fmt.Errorf("artifact of type %q is no index: %w", m.ArtifactType, errdefs.ErrInvalidArgument)
@@ -149,7 +149,7 @@ func manifestsOf(ctx context.Context, repo *registry.Repository, d digest.Digest
 	}
 	var list ocispec.Index
 	if err := json.Unmarshal(b, &list); err != nil {
-		return nil, fmt.Errorf("decode index of images %s: %v: %w", d, err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("decode index of images %s: %w: %w", d, err, errdefs.ErrInvalidArgument)
 	}
 	return list.Manifests, nil
 }

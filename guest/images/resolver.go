@@ -152,12 +152,12 @@ func (r *Resolver) pinned(resp *api.DescribeResponse) (pin, error) {
 	}
 	if resp.Repository != "" && resp.Repository != reference.Path(name) {
 		if name, err = reference.WithName(reference.Domain(name) + "/" + resp.Repository); err != nil {
-			return pin{}, fmt.Errorf("repository %q: %v: %w", resp.Repository, err, errdefs.ErrInvalidArgument)
+			return pin{}, fmt.Errorf("repository %q: %w: %w", resp.Repository, err, errdefs.ErrInvalidArgument)
 		}
 	}
 	p := pin{name: name, manifest: digest.Digest(resp.ManifestDigest), trust: Trust(resp.Trust), node: true}
 	if err := p.manifest.Validate(); err != nil {
-		return pin{}, fmt.Errorf("manifest digest %q: %v: %w", resp.ManifestDigest, err, errdefs.ErrInvalidArgument)
+		return pin{}, fmt.Errorf("manifest digest %q: %w: %w", resp.ManifestDigest, err, errdefs.ErrInvalidArgument)
 	}
 	switch p.trust {
 	case TrustHost, "":

@@ -55,7 +55,7 @@ func openTOC(ctx context.Context, repo *registry.Repository, desc ocispec.Descri
 	}
 	d, err := digest.Parse(toc)
 	if err != nil {
-		return nil, fmt.Errorf("layer %s: digest of its table of contents %q: %v: %w", desc.Digest, toc, err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("layer %s: digest of its table of contents %q: %w: %w", desc.Digest, toc, err, errdefs.ErrInvalidArgument)
 	}
 	l, err := estargz.Open(ctx, repo.LayerBlob(desc), desc, d)
 	if err != nil {
@@ -90,12 +90,17 @@ func (c *layerCache) put(l *index.Layer) error {
 	if err := os.MkdirAll(c.dir, 0o700); err != nil {
 		return err
 	}
-	tmp := c.path(l.Blob) + ".tmp"
-	if err := os.WriteFile(tmp, b, 0o600); err != nil {
+	// Two containers of one image may come at once: each writes a file of its own.
+	tmp, err := os.CreateTemp(c.dir, "new-")
+	if err != nil {
 		return err
 	}
-	if err := os.Rename(tmp, c.path(l.Blob)); err != nil {
-		return err
+	_, err = tmp.Write(b)
+	if err = errors.Join(err, tmp.Close()); err == nil {
+		err = os.Rename(tmp.Name(), c.path(l.Blob))
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(tmp.Name()))
 	}
 	c.remember(l)
 	return nil

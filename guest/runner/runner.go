@@ -114,7 +114,7 @@ func (r *Runner) Create(_ context.Context, req *api.CreateRequest) (*api.CreateR
 func checkPrepared(b []byte) error {
 	var spec specs.Spec
 	if err := json.Unmarshal(b, &spec); err != nil {
-		return fmt.Errorf("decode its runtime configuration: %v: %w", err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("decode its runtime configuration: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	if spec.Root == nil || !filepath.IsAbs(spec.Root.Path) {
 		return fmt.Errorf("its runtime configuration has no absolute root path: %w", errdefs.ErrInvalidArgument)

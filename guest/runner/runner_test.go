@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/protocols/vsock"
 )
 
 // machine is a runner with a stream port and a root file system.
@@ -46,7 +47,7 @@ func newMachine(t *testing.T) *machine {
 		t.Fatal(err)
 	}
 	m.Runner = r
-	l, err := net.Listen("unix", m.socket)
+	l, err := vsock.Listen("unix:" + m.socket)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +117,7 @@ func (m *machine) connect(id string) (conns [streamCount]*net.UnixConn) {
 
 func (m *machine) dial(hello string) *net.UnixConn {
 	m.t.Helper()
-	c, err := net.Dial("unix", m.socket)
+	c, err := vsock.Dial(m.t.Context(), "unix:"+m.socket)
 	if err != nil {
 		m.t.Fatal(err)
 	}

@@ -86,6 +86,6 @@ func (c *CDH) forward(ctx context.Context, method string, call func(*ttrpc.Clien
 	if err != nil {
 		return fmt.Errorf("%s: reach the Confidential Data Hub (cdh_forward): %w", method, err)
 	}
-	defer cl.Close() //nolint:errcheck // the answer is what counts
+	defer cl.Close()
 	return call(cl)
 }

@@ -4,8 +4,8 @@ import (
 	"context"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
@@ -19,20 +19,68 @@ func StatusErrors(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.Una
 	return resp, nil
 }
 
+// pair is a code and the class of errors that it stands for.
+type pair struct {
+	code  codes.Code
+	class error
+}
+
+// pairs are those of containerd/errdefs/pkg/errgrpc, which clients use. That
+// package itself stays out: v0.3.0 walks everything that an error wraps, for
+// details, and panics where an Unwrap returns nil.
+func pairs() []pair {
+	return []pair{
+		{codes.InvalidArgument, errdefs.ErrInvalidArgument},
+		{codes.NotFound, errdefs.ErrNotFound},
+		{codes.AlreadyExists, errdefs.ErrAlreadyExists},
+		{codes.PermissionDenied, errdefs.ErrPermissionDenied},
+		{codes.ResourceExhausted, errdefs.ErrResourceExhausted},
+		{codes.FailedPrecondition, errdefs.ErrFailedPrecondition},
+		{codes.FailedPrecondition, errdefs.ErrConflict},
+		{codes.Aborted, errdefs.ErrAborted},
+		{codes.OutOfRange, errdefs.ErrOutOfRange},
+		{codes.Unimplemented, errdefs.ErrNotImplemented},
+		{codes.Internal, errdefs.ErrInternal},
+		{codes.Unavailable, errdefs.ErrUnavailable},
+		{codes.DataLoss, errdefs.ErrDataLoss},
+		{codes.Unauthenticated, errdefs.ErrUnauthenticated},
+		{codes.DeadlineExceeded, context.DeadlineExceeded},
+		{codes.Canceled, context.Canceled},
+	}
+}
+
 func toStatus(err error) error {
 	if _, ok := status.FromError(err); ok {
 		return err // of a peer that was asked on behalf of the caller
 	}
-	return errgrpc.ToGRPC(&flat{err.Error(), errdefs.Resolve(err)})
+	class := errdefs.Resolve(err)
+	for _, p := range pairs() {
+		if p.class == class { //nolint:errorlint // Resolve returns one of these values
+			return status.Error(p.code, err.Error())
+		}
+	}
+	return status.Error(codes.Unknown, err.Error())
 }
 
-// flat has the message and the class of an error and nothing else that it
-// wraps: errgrpc v0.3.0 walks the whole tree for details and panics at a
-// branch that ends with Unwrap() == nil.
-type flat struct {
+// FromStatus gives the error of a ttrpc call its class back.
+func FromStatus(err error) error {
+	s, ok := status.FromError(err)
+	if !ok || err == nil {
+		return err
+	}
+	for _, p := range pairs() {
+		if p.code == s.Code() {
+			return &remote{s.Message(), p.class}
+		}
+	}
+	return &remote{s.Message(), errdefs.ErrUnknown}
+}
+
+// remote is an error of a peer, in its words.
+type remote struct {
 	message string
 	class   error
 }
 
-func (f *flat) Error() string { return f.message }
-func (f *flat) Unwrap() error { return f.class }
+func (r *remote) Error() string { return r.message }
+func (r *remote) Unwrap() error { return r.class }

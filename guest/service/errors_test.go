@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -37,6 +38,13 @@ func TestToStatus(t *testing.T) {
 			s, ok := status.FromError(toStatus(c.err))
 			if !ok || s.Code() != c.code || s.Message() != c.text {
 				t.Errorf("got %v %q", s.Code(), s.Message())
+			}
+			back := FromStatus(s.Err())
+			if back.Error() != c.text || c.code != codes.Aborted && !errors.Is(back, errdefs.Resolve(c.err)) {
+				t.Errorf("back: %v", back)
+			}
+			if native := errgrpc.ToNative(s.Err()); !errors.Is(native, errdefs.Resolve(back)) {
+				t.Errorf("clients see %v", native)
 			}
 		})
 	}

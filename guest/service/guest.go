@@ -109,7 +109,7 @@ func (g *Guest) mounted(req *api.MountRequest) (*api.MountResponse, error) {
 	if !ok {
 		return nil, nil
 	}
-	if m.Target != filepath.Clean(req.Target) {
+	if m.Target != resolved(req.Target) {
 		return nil, fmt.Errorf("mount %s at %s: it is mounted at %s: unmount it first: %w", req.Id, req.Target, m.Target, errdefs.ErrAlreadyExists)
 	}
 	if req.Reference != "" && req.Reference != m.Reference && !sameImage(req.Reference, m.Reference) {
@@ -122,15 +122,26 @@ func (g *Guest) mounted(req *api.MountRequest) (*api.MountResponse, error) {
 	return &api.MountResponse{ManifestDigest: m.ManifestDigest, Config: config, Path: m.Path}, nil
 }
 
+// resolved is a target without symbolic links, as far as it exists. Its last
+// element is not looked at: it may be a mount that only we can answer for.
+func resolved(target string) string {
+	dir, err := filepath.EvalSymlinks(filepath.Dir(target))
+	if err != nil {
+		return filepath.Clean(target)
+	}
+	return filepath.Join(dir, filepath.Base(target))
+}
+
 func (g *Guest) mount(ctx context.Context, req *api.MountRequest, phases *timing.Phases) (*api.MountResponse, string, error) {
 	img, err := g.cfg.Images.Resolve(ctx, req.Id, req.Reference, req.Mode == api.Mode_MODE_FULL, phases)
 	if err != nil {
 		return nil, "", err
 	}
-	defer g.hold(img.Manifest)()
-	if err := g.configs.put(img.Manifest, img.Config); err != nil {
-		return nil, "", fmt.Errorf("keep the configuration: %w", err)
+	release, err := g.hold(img)
+	if err != nil {
+		return nil, "", err
 	}
+	defer release()
 	var path string
 	if img.Index != nil {
 		path, err = g.mountLazy(ctx, req, img, phases)
@@ -170,7 +181,7 @@ func (g *Guest) mountUnpacked(ctx context.Context, req *api.MountRequest, img *i
 	defer phases.Begin("unpack")()
 	_, err := g.cfg.Unpacked.Mount(ctx, unpack.Spec{
 		ID: req.Id, Reference: img.Reference, Manifest: img.Manifest, Layers: img.Layers, Blobs: img.Blobs(),
-		Target: filepath.Clean(req.Target), Upper: req.Upper, ReadOnly: req.ReadOnly,
+		Target: resolved(req.Target), Upper: req.Upper, ReadOnly: req.ReadOnly,
 	})
 	return pathUnpacked, err
 }

@@ -12,7 +12,7 @@ import (
 )
 
 // configs keeps the configurations of mounted images for a Mount that is
-// repeated, also by the next process.
+// repeated, also by the next process. Changes are made under Guest.mu.
 type configs struct{ dir string }
 
 func (c configs) path(m digest.Digest) string { return filepath.Join(c.dir, m.Encoded()+".json") }

@@ -11,12 +11,19 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/tatami-containers/tatami/guest/images"
 )
 
-// hold keeps prune away from a manifest until release is called.
-func (g *Guest) hold(m digest.Digest) (release func()) {
+// hold keeps the configuration of an image, and prune away from the image until
+// release is called.
+func (g *Guest) hold(img *images.Image) (release func(), err error) {
+	m := img.Manifest
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if err := g.configs.put(m, img.Config); err != nil {
+		return nil, fmt.Errorf("keep the configuration: %w", err)
+	}
 	g.held[m]++
 	return func() {
 		g.mu.Lock()
@@ -24,7 +31,7 @@ func (g *Guest) hold(m digest.Digest) (release func()) {
 		if g.held[m]--; g.held[m] == 0 {
 			delete(g.held, m)
 		}
-	}
+	}, nil
 }
 
 // prune removes what is kept for images that are mounted no more. What cannot
@@ -67,12 +74,12 @@ func (g *Guest) Watch(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("watch mounts: %w", err)
 	}
-	defer unix.Close(info) //nolint:errcheck // only read
+	defer unix.Close(info)
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
 		return fmt.Errorf("watch mounts: %w", err)
 	}
-	defer unix.Close(wake) //nolint:errcheck // an eventfd
+	defer unix.Close(wake)
 	woken := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(woken)

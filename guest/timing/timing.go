@@ -49,9 +49,9 @@ func (p *Phases) List() []*api.Phase {
 
 // LogValue shows every phase with its duration.
 func (p *Phases) LogValue() slog.Value {
-	attrs := []slog.Attr{slog.Duration("total", time.Since(p.start).Round(time.Microsecond))}
+	attrs := []slog.Attr{slog.String("total", time.Since(p.start).Round(time.Microsecond).String())}
 	for _, ph := range p.List() {
-		attrs = append(attrs, slog.Duration(ph.Name, time.Duration(ph.DurationUs)*time.Microsecond))
+		attrs = append(attrs, slog.String(ph.Name, (time.Duration(ph.DurationUs)*time.Microsecond).String()))
 	}
 	return slog.GroupValue(attrs...)
 }

@@ -80,7 +80,11 @@ func setXattrs(hdr *tar.Header, set func(name string, value []byte) error) error
 			continue
 		}
 		err := set(name, []byte(value))
-		if err != nil && !errors.Is(err, unix.ENOTSUP) && !(errors.Is(err, unix.EPERM) && strings.HasPrefix(name, "user.")) {
+		// EPERM: user attributes are for files and directories only.
+		if errors.Is(err, unix.ENOTSUP) || errors.Is(err, unix.EPERM) && strings.HasPrefix(name, "user.") {
+			continue
+		}
+		if err != nil {
 			return fmt.Errorf("set attribute %s: %w", name, err)
 		}
 	}

@@ -2,6 +2,8 @@ package unpack
 
 import (
 	"archive/tar"
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -24,7 +26,8 @@ type extractor struct {
 	parentPath string
 	parent     int // -1 is none
 
-	buf []byte
+	ctx        context.Context // of the unpacking
+	buf, zeros []byte          // copyBuffer bytes each
 }
 
 type dirTime struct {
@@ -35,14 +38,14 @@ type dirTime struct {
 // resolve is how every lookup is confined; magic links lead out by nature.
 const resolve = unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS
 
-func newExtractor(dir string) (*extractor, error) {
+func newExtractor(ctx context.Context, dir string) (*extractor, error) {
 	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", dir, err)
 	}
 	return &extractor{
 		leftover: leftover{implicit: make(map[string]struct{})},
-		root:     root, parent: -1, buf: make([]byte, copyBuffer),
+		ctx:      ctx, root: root, parent: -1,
 	}, nil
 }
 
@@ -132,7 +135,7 @@ func (e *extractor) step(name string) (target string, err error) {
 	if err != nil {
 		return "", err
 	}
-	defer unix.Close(parent) //nolint:errcheck // an O_PATH descriptor
+	defer unix.Close(parent)
 	base := path.Base(name)
 	var st unix.Stat_t
 	err = unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW)
@@ -215,7 +218,7 @@ func (e *extractor) file(name string, hdr *tar.Header, r io.Reader) error {
 		return err
 	}
 	f := os.NewFile(uintptr(fd), name)
-	n, err := io.CopyBuffer(onlyWriter{f}, onlyReader{r}, e.buf)
+	n, err := e.copySparse(f, r)
 	e.size += n
 	if err != nil {
 		return errors.Join(err, f.Close())
@@ -223,11 +226,35 @@ func (e *extractor) file(name string, hdr *tar.Header, r io.Reader) error {
 	return errors.Join(setFileAttributes(fd, hdr), f.Close(), setTime(dir, last, timesOf(hdr)))
 }
 
-// onlyWriter and onlyReader keep io.CopyBuffer from using buffers of its own.
-type (
-	onlyWriter struct{ io.Writer }
-	onlyReader struct{ io.Reader }
-)
+// copySparse writes what is not zero; the rest becomes holes, which take no
+// memory. A header of a few bytes can stand for terabytes of zeros, and no byte
+// of the blob is read for them: so the context is looked at here as well.
+func (e *extractor) copySparse(f *os.File, r io.Reader) (n int64, err error) {
+	written := int64(0) // end of the last write
+	for {
+		if err := context.Cause(e.ctx); err != nil {
+			return n, err
+		}
+		m, err := fillBlock(r, e.buf)
+		if m > 0 && !bytes.Equal(e.buf[:m], e.zeros[:m]) {
+			if _, err := f.WriteAt(e.buf[:m], n); err != nil {
+				return n, err
+			}
+			written = n + int64(m)
+		}
+		n += int64(m)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+	if written < n {
+		return n, f.Truncate(n)
+	}
+	return n, nil
+}
 
 func (e *extractor) symlink(name string, hdr *tar.Header) error {
 	return e.createNode(name, hdr, func(parent int, base string) error {
@@ -262,7 +289,7 @@ func (e *extractor) createNode(name string, hdr *tar.Header, mk func(int, string
 func (e *extractor) hardlink(name, target string) error {
 	targetDir, err := e.openDir(path.Dir(target))
 	if err == nil {
-		defer unix.Close(targetDir) //nolint:errcheck // an O_PATH descriptor
+		defer unix.Close(targetDir)
 		var st unix.Stat_t
 		err = unix.Fstatat(targetDir, path.Base(target), &st, unix.AT_SYMLINK_NOFOLLOW)
 	}
@@ -376,7 +403,7 @@ func setOpaque(parent int, base string) error {
 
 // setDirTimes comes last: making files changes the time of their directory.
 func (l *leftover) setDirTimes(layer string) error {
-	e, err := newExtractor(layer)
+	e, err := newExtractor(context.Background(), layer) // copies nothing
 	if err != nil {
 		return err
 	}
@@ -397,7 +424,7 @@ func (e *extractor) setDirTime(d dirTime) error {
 	}
 	parent, err := e.openDir(path.Dir(d.name))
 	if err == nil {
-		defer unix.Close(parent) //nolint:errcheck // an O_PATH descriptor
+		defer unix.Close(parent)
 		var st unix.Stat_t
 		err = unix.Fstatat(parent, path.Base(d.name), &st, unix.AT_SYMLINK_NOFOLLOW)
 		if err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR {

@@ -240,7 +240,7 @@ func (k link) settle(dir string, n int) (made map[string]struct{}, err error) {
 	if below.kind() != unix.S_IFREG {
 		return nil, fmt.Errorf("it is in a lower layer and no regular file: %w", errors.ErrUnsupported)
 	}
-	e, err := newExtractor(filepath.Join(dir, strconv.Itoa(n)))
+	e, err := newExtractor(context.Background(), layerDir(dir, n))
 	if err != nil {
 		return nil, err
 	}

@@ -17,8 +17,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// copyBuffer is how much of a file is written at a time, in bytes.
-const copyBuffer = 256 << 10
+// copyBuffer is how much of a file is written at a time, and how long a run of
+// zeros must be to become a hole, in bytes.
+const copyBuffer = 128 << 10
 
 // leftover is what is to be done when all layers are there: directories that
 // have their attributes from a lower layer, links that lead there, whiteouts
@@ -36,11 +37,12 @@ type link struct{ name, target string }
 // unpackLayer writes the files of one blob below dir, in the form that overlay
 // expects of a lower directory, and checks size and digest of the blob.
 func unpackLayer(ctx context.Context, dir string, blob io.Reader, desc ocispec.Descriptor) (*leftover, error) {
-	e, err := newExtractor(dir)
+	e, err := newExtractor(ctx, dir)
 	if err != nil {
 		return nil, err
 	}
 	defer e.close()
+	e.buf, e.zeros = make([]byte, copyBuffer), make([]byte, copyBuffer)
 	e.implicit[""] = struct{}{}
 	sum, err := newVerifier(ctx, blob, desc)
 	if err != nil {

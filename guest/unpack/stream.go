@@ -6,8 +6,9 @@ import (
 	"io"
 	"sync"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
 )
 
 // decompress finds out how a blob is packed. Media types are not asked: they
@@ -19,8 +20,9 @@ func decompress(r io.Reader) (io.Reader, error) {
 		return nil, err
 	}
 	switch {
-	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
-		return gzip.NewReader(br)
+	case gzip.IsGzip(magic):
+		var decoders gzip.Pool // one layer, one decoder
+		return decoders.NewReader(br), nil
 	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
 		// One goroutine: the layers are what runs in parallel.
 		d, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true))

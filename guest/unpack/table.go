@@ -145,7 +145,7 @@ const sizeFile = "size"
 // ErrAlreadyExists.
 func (t *Table) Mount(ctx context.Context, s Spec) (Record, error) {
 	if err := s.Manifest.Validate(); err != nil {
-		return Record{}, fmt.Errorf("manifest digest %q: %v: %w", s.Manifest, err, errdefs.ErrInvalidArgument)
+		return Record{}, fmt.Errorf("mount %s: manifest digest %q: %w: %w", s.ID, s.Manifest, err, errdefs.ErrInvalidArgument)
 	}
 	unlock, err := t.images.Lock(ctx, s.Manifest.String())
 	if err != nil {
@@ -158,6 +158,9 @@ func (t *Table) Mount(ctx context.Context, s Spec) (Record, error) {
 		}
 		return r, nil
 	}
+	if err := s.validate(); err != nil {
+		return Record{}, fmt.Errorf("mount %s: %w", s.ID, err)
+	}
 	if err := t.unpack(ctx, s); err != nil {
 		return Record{}, errors.Join(err, t.removeUnused(s.Manifest))
 	}
@@ -166,6 +169,19 @@ func (t *Table) Mount(ctx context.Context, s Spec) (Record, error) {
 		return Record{}, errors.Join(err, t.drop(s.ID, s.Target), t.removeUnused(s.Manifest))
 	}
 	return r, nil
+}
+
+func (s Spec) validate() error {
+	if !filepath.IsAbs(s.Target) || s.Upper != "" && !filepath.IsAbs(s.Upper) {
+		return fmt.Errorf("target %q and upper directory %q must be absolute: %w", s.Target, s.Upper, errdefs.ErrInvalidArgument)
+	}
+	if s.ReadOnly && s.Upper != "" {
+		return fmt.Errorf("a read-only mount has no upper directory: %w", errdefs.ErrInvalidArgument)
+	}
+	if isMountPoint(s.Target) {
+		return fmt.Errorf("target %s is a mount point already: unmount it or choose another: %w", s.Target, errdefs.ErrAlreadyExists)
+	}
+	return nil
 }
 
 func (t *Table) unpack(ctx context.Context, s Spec) error {

@@ -380,6 +380,11 @@ func TestTable(t *testing.T) {
 	if _, err := table.Mount(t.Context(), other); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("the same id at another target: %v", err)
 	}
+	taken := spec("c3")
+	taken.Target = filepath.Join(dir, "c1")
+	if _, err := table.Mount(t.Context(), taken); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("another id at the same target: %v", err)
+	}
 	readOnly := spec("ro")
 	readOnly.ReadOnly = true
 	mount(readOnly)
@@ -436,6 +441,57 @@ func TestCancelled(t *testing.T) {
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("error %v", err)
 	}
+}
+
+// TestZerosTakeNoRoom unpacks a sparse file whose header is all there is of it.
+func TestZerosTakeNoRoom(t *testing.T) {
+	const size = 1 << 30
+	b := blobs{}
+	var archive bytes.Buffer
+	w := tar.NewWriter(&archive)
+	if err := w.WriteHeader(&tar.Header{Name: "sparse", Typeflag: tar.TypeReg, Mode: 0o644, Size: 4096, Format: tar.FormatGNU}); err != nil {
+		t.Fatal(err)
+	}
+	makeSparse(archive.Bytes(), size)
+	if _, err := w.Write(bytes.Repeat([]byte("x"), 4096)); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	root := mountLayers(t, b, b.add(archive.Bytes()))
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(root, "sparse"), &st); err != nil {
+		t.Fatal(err)
+	}
+	if st.Size != size || st.Blocks*512 > 1<<20 {
+		t.Errorf("size %d, on disk %d", st.Size, st.Blocks*512)
+	}
+	f, err := os.Open(filepath.Join(root, "sparse"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	got := make([]byte, 12288)
+	if _, err := io.ReadFull(f, got); err != nil || strings.Count(string(got), "x") != 4096 || got[4096] != 'x' || got[8191] != 'x' {
+		t.Errorf("wrong content, %v", err)
+	}
+}
+
+// makeSparse makes a GNU header say that its 4096 bytes are those from offset
+// 4096 on of a file of the given size (tar.h: struct oldgnu_header).
+func makeSparse(header []byte, size int64) {
+	header[156] = tar.TypeGNUSparse
+	number := func(at int, n int64) { copy(header[at:], fmt.Sprintf("%011o\x00", n)) }
+	number(386, 4096)
+	number(386+12, 4096)
+	number(483, size)
+	copy(header[148:], "        ")
+	sum := 0
+	for _, c := range header[:512] {
+		sum += int(c)
+	}
+	copy(header[148:], fmt.Sprintf("%06o\x00 ", sum))
 }
 
 func (t *Table) unpackTo(ctx context.Context, layer ocispec.Descriptor, b Blobs) (int64, error) {

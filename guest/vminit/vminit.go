@@ -14,7 +14,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"syscall"
 	"time"
 
@@ -134,9 +133,9 @@ func setUp(cfg Config) error {
 		if err := s.run(); err != nil {
 			return fmt.Errorf("init: %s: %w", s.name, err)
 		}
-		phases = append(phases, slog.Duration(s.name, time.Since(start).Round(time.Microsecond)))
+		phases = append(phases, slog.String(s.name, time.Since(start).Round(time.Microsecond).String()))
 	}
-	phases = append(phases, slog.Duration("since_boot", sinceBoot()), slog.String("go", runtime.Version()))
+	phases = append(phases, slog.String("since_boot", sinceBoot().String()))
 	cfg.Log.LogAttrs(context.Background(), slog.LevelInfo, "init done", phases...)
 	return nil
 }
