@@ -9,9 +9,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
 
-	"github.com/tatami-containers/tatami/guest/service"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
+	"github.com/tatami-containers/tatami/protocols/wireerr"
 )
 
 // dial connects a ttrpc client.
@@ -34,7 +34,7 @@ func (h hostClient) Describe(ctx context.Context, req *api.DescribeRequest) (*ap
 	}
 	defer cl.Close()
 	resp, err := api.NewHostClient(cl).Describe(ctx, req)
-	return resp, lost(service.FromStatus(err))
+	return resp, lost(wireerr.FromStatus(err))
 }
 
 // workerClient mounts through the worker, also through one that dies while it

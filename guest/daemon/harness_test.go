@@ -22,10 +22,10 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
-	"github.com/tatami-containers/tatami/guest/service"
 	"github.com/tatami-containers/tatami/protocols/imageservice/cdh"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
+	"github.com/tatami-containers/tatami/protocols/wireerr"
 	"github.com/tatami-containers/tatami/rootfs/bootstrap"
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
@@ -77,7 +77,7 @@ func listenOn(t *testing.T, addr string) net.Listener {
 func newNodeOn(t *testing.T, relay, host net.Listener) *node {
 	t.Helper()
 	n := &node{t: t, reg: registrytest.Start(t, registrytest.Options{Listener: relay}), containers: make(map[string]*api.DescribeResponse)}
-	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(service.StatusErrors))
+	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(wireerr.Server))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,7 +9,7 @@ import (
 
 	"github.com/containerd/ttrpc"
 
-	"github.com/tatami-containers/tatami/guest/service"
+	"github.com/tatami-containers/tatami/protocols/wireerr"
 )
 
 const (
@@ -54,7 +54,7 @@ func (s *server) intercept(ctx context.Context, unmarshal ttrpc.Unmarshaler, inf
 		s.active--
 		s.lastEnd = time.Now()
 	}()
-	return service.StatusErrors(ctx, unmarshal, info, method)
+	return wireerr.Server(ctx, unmarshal, info, method)
 }
 
 // start serves on a listener until stop.

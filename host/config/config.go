@@ -38,8 +38,8 @@ type Config struct {
 	Root string `toml:"root"`
 	// Socket is the control socket; tatami-host.sock in Root when empty.
 	Socket string `toml:"socket"`
-	// IdleExit ends the program when the last control connection has closed
-	// and no sandbox is attached.
+	// IdleExit ends the program when the last control connection has closed:
+	// who attaches sandboxes stays connected as long as they live.
 	IdleExit bool `toml:"idle_exit"`
 	// Class is "online" or "batch": of containers that do not say.
 	Class    string   `toml:"class"`

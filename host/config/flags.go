@@ -64,7 +64,7 @@ func (f *flags) set(usage io.Writer) *flag.FlagSet {
 		f.plain = append(f.plain, strings.Split(v, ",")...)
 		return nil
 	})
-	s.BoolFunc("idle-exit", "end when nothing uses the node any more", func(v string) error {
+	s.BoolFunc("idle-exit", "end when the last control connection has closed", func(v string) error {
 		b, err := strconv.ParseBool(v)
 		f.over = append(f.over, func(c *Config) { c.IdleExit = b })
 		return err

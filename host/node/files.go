@@ -7,7 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -30,8 +32,48 @@ func (f files) image(d digest.Digest) string {
 	return filepath.Join(f.images(), d.Algorithm().String(), d.Encoded())
 }
 
+// layout is the content of the file that marks a directory as a node's.
+const layout = "tatami node, layout 1\n"
+
+func (f files) mark() string { return filepath.Join(string(f), "layout") }
+
+// claim marks the directory as a node's. It refuses one that another program
+// keeps things in under the same names: what the node does not know there, it
+// removes.
+func (f files) claim() error {
+	data, err := readBounded(f.mark(), int64(len(layout)))
+	if err == nil && string(data) == layout {
+		return nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s does not say %q: it was written by another version or program, choose another directory: %w",
+			f.mark(), strings.TrimSpace(layout), errdefs.ErrFailedPrecondition)
+	}
+	for _, name := range []string{f.temp(), f.refs(), f.images(), f.layers(), f.store()} {
+		if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("there is %s already and it is not of a node; choose an empty directory: %w", name, errdefs.ErrFailedPrecondition)
+		}
+	}
+	if err := os.MkdirAll(string(f), 0o700); err != nil {
+		return err
+	}
+	// Durable at once: without it, what is written later would look foreign.
+	file, err := os.CreateTemp(string(f), "layout-*")
+	if err != nil {
+		return err
+	}
+	err = writeSync(file, []byte(layout))
+	if err == nil {
+		err = os.Rename(file.Name(), f.mark())
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(file.Name()))
+	}
+	return syncDir(string(f))
+}
+
 // create makes the directories and removes what an earlier process left half
-// done.
+// done. Precondition: claim succeeded.
 func (f files) create() error {
 	if err := os.RemoveAll(f.temp()); err != nil {
 		return err

@@ -287,6 +287,23 @@ func TestSecondNode(t *testing.T) {
 	}
 }
 
+// A directory in which somebody else keeps things is left alone.
+func TestForeignRoot(t *testing.T) {
+	for name, path := range map[string]string{"same name": "tmp/precious", "other layout": "layout"} {
+		root := t.TempDir()
+		file := filepath.Join(root, path)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, []byte("precious"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(Config{Root: root}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "directory") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if data, err := os.ReadFile(file); err != nil || string(data) != "precious" {
+			t.Errorf("%s: the file is %q, %v", name, data, err)
+		}
+	}
+}
+
 // The cache of what reading layers needs keeps to its bound, but keeps one.
 func TestAccessBound(t *testing.T) {
 	g := newRig(t)

@@ -5,6 +5,7 @@
 //
 // # Files
 //
+//	layout                              marks the directory as a node's
 //	layers/<algorithm>/<hex>            encoded layer index, built from the verified blob
 //	layers/<algorithm>/<hex>.<toc hex>  the same from a TOC, whose digest a manifest gave
 //	images/<algorithm>/<hex>/           one image; its rename makes it exist
@@ -94,7 +95,10 @@ func Open(cfg Config) (*Node, error) {
 		pins: map[layerKey]int{}, jobs: map[string]*job{},
 		fetching: map[digest.Digest]*progress{},
 	}
-	var err error
+	err := n.files.claim()
+	if err != nil {
+		return nil, fmt.Errorf("open node %s: %w", cfg.Root, err)
+	}
 	if n.store, err = store.Open(store.Config{Dir: n.files.store(), Keep: true, Log: cfg.Log}); err != nil {
 		return nil, fmt.Errorf("open node %s: %w", cfg.Root, err)
 	}

@@ -4,18 +4,15 @@ import (
 	"context"
 	"sync"
 
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+
+	"github.com/tatami-containers/tatami/protocols/wireerr"
 )
 
 // newServer returns a ttrpc server that turns classes of errors into status
 // codes. Nothing below it knows of those.
 func newServer(more ...ttrpc.UnaryServerInterceptor) (*ttrpc.Server, error) {
-	status := func(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
-		answer, err := method(ctx, unmarshal)
-		return answer, errgrpc.ToGRPC(err)
-	}
-	return ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(append([]ttrpc.UnaryServerInterceptor{status}, more...)...))
+	return ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(append([]ttrpc.UnaryServerInterceptor{wireerr.Server}, more...)...))
 }
 
 // front is the server of the control socket. It counts calls, because the

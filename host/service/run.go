@@ -129,7 +129,7 @@ func (s *Service) wait(ctx context.Context, exit bool, t *tracked, ended chan er
 		case <-first.C:
 		case <-t.idle:
 		}
-		if exit && s.attached() == 0 && t.retire() {
+		if exit && t.retire() {
 			s.log.Info("tatami-host stops", "reason", "nothing uses it any more")
 			return
 		}

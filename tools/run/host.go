@@ -13,10 +13,10 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
 
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/protocols/wireerr"
 )
 
 // hostStart bounds how long a tatami-host may take to open its socket.
@@ -66,11 +66,11 @@ func dialHost(ctx context.Context, socket string) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	cl := ttrpc.NewClient(c)
+	cl := ttrpc.NewClient(c, ttrpc.WithUnaryClientInterceptor(wireerr.Client))
 	n := &node{NodeService: api.NewNodeClient(cl), client: cl}
 	if n.base, err = n.NodeStats(ctx, &api.NodeStatsRequest{}); err != nil {
 		cl.Close()
-		return nil, errgrpc.ToNative(err)
+		return nil, err
 	}
 	return n, nil
 }

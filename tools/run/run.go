@@ -10,13 +10,13 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
+	"github.com/tatami-containers/tatami/protocols/wireerr"
 	"github.com/tatami-containers/tatami/tools/bundle"
 )
 
@@ -125,7 +125,7 @@ func explain(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
 		return cause
 	}
-	return errgrpc.ToNative(err)
+	return err
 }
 
 // nodeError says what was asked of the node, and what to look at when it is the
@@ -214,14 +214,17 @@ func (r *runner) boot(ctx context.Context) error {
 // attach lets the node, and in a full pull the registry, listen for the
 // sandbox.
 func (r *runner) attach(ctx context.Context, a addresses) error {
+	r.later(func(ctx context.Context) error { // also when the call below was given up half-way
+		_, err := r.node.Detach(ctx, &api.DetachRequest{Sandbox: r.id})
+		if errdefs.IsNotFound(err) {
+			return nil
+		}
+		return unlessGone(err)
+	})
 	_, err := r.node.Attach(ctx, &api.AttachRequest{Sandbox: r.id, HostAddress: a.host, RelayAddress: a.relay, Cid: a.cid})
 	if err != nil {
 		return r.nodeError("attach the sandbox to the node", err)
 	}
-	r.later(func(ctx context.Context) error {
-		_, err := r.node.Detach(ctx, &api.DetachRequest{Sandbox: r.id})
-		return unlessGone(err)
-	})
 	if r.o.Mode != Full {
 		return nil
 	}
@@ -242,7 +245,7 @@ func waitGuest(ctx context.Context, addr string) (*ttrpc.Client, error) {
 	defer tick.Stop()
 	for {
 		if conn, err := vsock.Dial(ctx, addr); err == nil {
-			client := ttrpc.NewClient(conn)
+			client := ttrpc.NewClient(conn, ttrpc.WithUnaryClientInterceptor(wireerr.Client))
 			if _, err := api.NewGuestClient(client).Health(ctx, &api.HealthRequest{}); err == nil {
 				return client, nil
 			}

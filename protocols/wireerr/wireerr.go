@@ -1,4 +1,8 @@
-package service
+// Package wireerr carries the class of an error (containerd/errdefs) over
+// ttrpc: a server's interceptor makes it a status code, a client's makes that
+// the class again. Messages stay as they are. Everything between the two uses
+// ordinary errors.
+package wireerr
 
 import (
 	"context"
@@ -9,14 +13,25 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// StatusErrors is where errors become ttrpc statuses: the class decides the
-// code, the message stays. Handlers below it return ordinary errors.
-func StatusErrors(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
+// Server is the interceptor of a server.
+func Server(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
 	resp, err := method(ctx, unmarshal)
 	if err != nil {
 		return nil, toStatus(err)
 	}
 	return resp, nil
+}
+
+// Client is the interceptor of a client. Errors that are no answer of the
+// server, as ttrpc.ErrClosed, pass through.
+func Client(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response, _ *ttrpc.UnaryClientInfo, call ttrpc.Invoker) error {
+	if err := call(ctx, req, resp); err != nil {
+		return FromStatus(err)
+	}
+	if resp.Status != nil && codes.Code(resp.Status.Code) != codes.OK {
+		return FromStatus(status.ErrorProto(resp.Status))
+	}
+	return nil
 }
 
 // pair is a code and the class of errors that it stands for.
@@ -25,7 +40,7 @@ type pair struct {
 	class error
 }
 
-// pairs are those of containerd/errdefs/pkg/errgrpc, which clients use. That
+// pairs are those of containerd/errdefs/pkg/errgrpc, which other peers use. That
 // package itself stays out: v0.3.0 walks everything that an error wraps, for
 // details, and panics where an Unwrap returns nil.
 func pairs() []pair {
