@@ -74,7 +74,7 @@ func (w *worker) open() (err error) {
 	if err != nil {
 		return err
 	}
-	if w.mounter, err = mount.New(mount.Config{StateDir: w.cfg.StateDir, Link: w.link, Prefer: preferred(w.cfg.MountPath), Log: w.log}); err != nil {
+	if w.mounter, err = mount.New(mount.Config{StateDir: w.cfg.StateDir, Link: w.link, Prefer: preferred(w.cfg.MountPath, keep), Log: w.log}); err != nil {
 		return err
 	}
 	w.guest = service.New(service.Config{
@@ -84,11 +84,16 @@ func (w *worker) open() (err error) {
 	return nil
 }
 
-func preferred(path string) mount.Path {
-	if path == "auto" {
-		return ""
+// preferred is the loop device where images will be complete some day: only
+// that can then be switched to a local file.
+func preferred(path string, keep bool) mount.Path {
+	switch {
+	case path != "auto":
+		return mount.Path(path)
+	case keep:
+		return mount.LoopPath
 	}
-	return mount.Path(path)
+	return ""
 }
 
 func (w *worker) imagesConfig() images.Config {
@@ -140,6 +145,7 @@ func (w *worker) serve(ctx context.Context) error {
 	defer endReading()
 	g.Go(func() error { return w.mounter.Serve(reading) })
 	g.Go(func() error { return w.guest.Watch(gctx) })
+	g.Go(func() error { return w.guest.SwitchComplete(gctx) })
 	for _, l := range listeners {
 		srv.start(context.WithoutCancel(ctx), l)
 	}

@@ -225,14 +225,25 @@ func (g *Guest) Prefetch(ctx context.Context, req *api.PrefetchRequest) (*api.Pr
 	}
 	g.background.Go(func() {
 		defer func() { _ = img.Close() }() // nothing was written
-		for _, r := range ranges {
-			if err := img.Prefetch(g.ctx, r.Offset, r.Length); err != nil {
-				g.cfg.Log.Warn("prefetch", "id", req.Id, "error", err)
-				return
-			}
+		if err := g.prefetch(img, ranges); err != nil {
+			g.cfg.Log.Warn("prefetch", "id", req.Id, "error", err)
 		}
 	})
 	return &api.PrefetchResponse{}, nil
+}
+
+// prefetch fetches ranges. The whole image is filled in the background of
+// demand reads, where it can be kept.
+func (g *Guest) prefetch(img *store.Image, ranges []*api.Range) error {
+	if g.cfg.Keep && len(ranges) == 1 && ranges[0].Length == img.Size() {
+		return img.Fill(g.ctx)
+	}
+	for _, r := range ranges {
+		if err := img.Prefetch(g.ctx, r.Offset, r.Length); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // clip checks ranges against the size of the image.
