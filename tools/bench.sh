@@ -50,8 +50,10 @@ done
 
 section "file systems with the same tree, everything local"
 mkdir -p "$work/tatami" "$work/ext4" "$work/erofs" "$work/loop"
-mount_image() { # DIR PATH: mounts with everything fetched
-	bin/tatami mount --root "$work/root" --mount-path "$2" "$REGISTRY/bench/gzip:v1" "$1" >"$work/mount.log" 2>&1 &
+mount_image() { # DIR FLAGS…: the node has everything
+	dir=$1
+	shift
+	bin/tatami mount --root "$work/root" "$@" "$REGISTRY/bench/gzip:v1" "$dir" >"$work/mount.log" 2>&1 &
 	MOUNT_PID=$!
 	until grep -q 'is mounted' "$work/mount.log"; do
 		kill -0 "$MOUNT_PID" || { cat "$work/mount.log"; exit 1; }
@@ -59,15 +61,19 @@ mount_image() { # DIR PATH: mounts with everything fetched
 	done
 }
 unmount_image() { kill -INT "$MOUNT_PID"; wait "$MOUNT_PID" || :; MOUNT_PID=; }
-mount_image "$work/tatami" file
+mount_image "$work/tatami" --mount-path file
 truncate -s 3G "$work/ext4.img" && mkfs.ext4 -q -d "$work/tatami" "$work/ext4.img"
 mkfs.erofs "$work/erofs.img" "$work/tatami" >/dev/null
 mount -o loop,ro "$work/ext4.img" "$work/ext4"
 mount -o loop,ro "$work/erofs.img" "$work/erofs"
 go run ./tests/bench/fsbench -rounds "$rounds" "ext4=$work/ext4" "native EROFS=$work/erofs" "Tatami, file=$work/tatami"
 unmount_image
-mount_image "$work/tatami" loop
+mount_image "$work/tatami" --mount-path loop
 go run ./tests/bench/fsbench -rounds "$rounds" "ext4=$work/ext4" "native EROFS=$work/erofs" "Tatami, loop=$work/tatami"
+unmount_image
+mount_image "$work/tatami" --mount-path loop --keep "$work/keep" --fill
+until grep -qs "$work/keep" /sys/block/loop*/loop/backing_file; do sleep 1; done
+go run ./tests/bench/fsbench -rounds "$rounds" "ext4=$work/ext4" "native EROFS=$work/erofs" "Tatami, complete=$work/tatami"
 unmount_image
 
 section "building"
