@@ -353,3 +353,20 @@ func newHub(t *testing.T) string {
 	t.Cleanup(func() { _, _ = srv.Close(), <-done })
 	return path
 }
+
+// TestPullAgainAfterTheAgentUnmounted asks for a container again at once after
+// its mount was undone by somebody else: the record alone is no answer.
+func TestPullAgainAfterTheAgentUnmounted(t *testing.T) {
+	n := newNode(t)
+	n.add("c1", sampleRef, n.pushSample("sample"), "host")
+	g := startGuest(t, n)
+	for range 5 {
+		root := g.mustPull("c1", sampleRef)
+		if _, err := os.Stat(filepath.Join(root, samplePath(0))); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Unmount(root, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

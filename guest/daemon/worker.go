@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -67,7 +68,7 @@ func (w *worker) open() (err error) {
 		dir = filepath.Join(w.cfg.StateDir, "store")
 	}
 	keep := w.cfg.StoreDir != ""
-	if w.store, err = store.Open(store.Config{Dir: dir, Keep: keep, Memory: w.cfg.StoreMemory, Log: w.log}); err != nil {
+	if w.store, err = store.Open(store.Config{Dir: dir, Keep: keep, Memory: w.cfg.StoreMemory, Stall: nodeStall, Log: w.log}); err != nil {
 		return err
 	}
 	unpacked, err := unpack.Open(unpackedDir(w.cfg), w.log)
@@ -83,6 +84,10 @@ func (w *worker) open() (err error) {
 	})
 	return nil
 }
+
+// nodeStall is after how long without a byte the node is given up: the node
+// itself tries a registry several times meanwhile.
+const nodeStall = 90 * time.Second
 
 // preferred is the loop device where images will be complete some day: only
 // that can then be switched to a local file.
@@ -118,6 +123,7 @@ func (w *worker) imagesConfig() images.Config {
 func (w *worker) client(addr string, plain func(string) bool) *registry.Client {
 	rc := registry.Config{PlainHTTP: plain, UserAgent: "tatami-guest", Chunk: pullChunk, InFlight: pullRanges, Log: w.log}
 	if addr != "" {
+		rc.Stall = nodeStall
 		rc.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) { return vsock.Dial(ctx, addr) }
 	} else {
 		rc.Credentials = registry.DockerCredentials()

@@ -14,6 +14,9 @@ import (
 // bytes have come.
 const completeEvery = 2 * time.Second
 
+// switchAgain is the pause after a switch that failed, as on a full disk.
+const switchAgain = time.Minute
+
 // SwitchComplete takes this process out of the path of images that are
 // complete: where the store keeps bytes, such an image becomes one local file,
 // and its loop device is switched to that. It returns when ctx ends.
@@ -23,33 +26,37 @@ func (g *Guest) SwitchComplete(ctx context.Context) error {
 	}
 	tick := time.NewTicker(completeEvery)
 	defer tick.Stop()
-	settled := make(map[digest.Digest]bool) // switched, or failed to
+	tried := make(map[digest.Digest]time.Time)
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			g.switchComplete(ctx, settled)
+			g.switchComplete(ctx, tried)
 		}
 	}
 }
 
-func (g *Guest) switchComplete(ctx context.Context, settled map[digest.Digest]bool) {
-	mounted := make(map[digest.Digest]mount.Record)
+// tried says when the switch of an image failed last.
+func (g *Guest) switchComplete(ctx context.Context, tried map[digest.Digest]time.Time) {
+	waiting := make(map[digest.Digest]mount.Record)
 	for _, r := range g.cfg.Mounter.List() {
-		if r.State == mount.Mounted && r.Path == mount.LoopPath {
-			mounted[r.Manifest] = r
+		if r.State == mount.Mounted && r.Path == mount.LoopPath && !g.cfg.Mounter.Local(r.Manifest) {
+			waiting[r.Manifest] = r
 		}
 	}
-	maps.DeleteFunc(settled, func(m digest.Digest, _ bool) bool { _, ok := mounted[m]; return !ok })
-	for m, r := range mounted {
-		if settled[m] {
+	maps.DeleteFunc(tried, func(m digest.Digest, _ time.Time) bool { _, ok := waiting[m]; return !ok })
+	for m, r := range waiting {
+		if time.Since(tried[m]) < switchAgain {
 			continue
 		}
-		done, err := g.switchImage(ctx, r)
-		settled[m] = done || err != nil && ctx.Err() == nil
-		if settled[m] {
-			g.cfg.Log.Info("image is complete", "manifest", m, "reference", r.Reference, "error", err)
+		switch done, err := g.switchImage(ctx, r); {
+		case ctx.Err() != nil:
+		case err != nil:
+			tried[m] = time.Now()
+			g.cfg.Log.Warn("image stays with the daemon", "manifest", m, "reference", r.Reference, "error", err)
+		case done:
+			g.cfg.Log.Info("image is read from a local file", "manifest", m, "reference", r.Reference)
 		}
 	}
 }

@@ -90,6 +90,9 @@ func (g *Guest) Mount(ctx context.Context, req *api.MountRequest) (*api.MountRes
 		return nil, fmt.Errorf("mount %s: wait for another call: %w", req.Id, err)
 	}
 	defer unlock()
+	if _, ok := g.find(req.Id); ok {
+		g.sweep(ctx) // a record is no mount: kata-agent unmounts by itself
+	}
 	if resp, err := g.mounted(req); resp != nil || err != nil {
 		return resp, err
 	}

@@ -79,6 +79,10 @@ type Node struct {
 	fetching map[digest.Digest]*progress // layers under way by manifest; protected by mu
 }
 
+// sourceStall is after how long without a byte a registry is given up. The
+// registry's client tries again several times before.
+const sourceStall = time.Minute
+
 // Open opens the node's directory. ErrFailedPrecondition when another process
 // has it.
 func Open(cfg Config) (*Node, error) {
@@ -99,7 +103,7 @@ func Open(cfg Config) (*Node, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open node %s: %w", cfg.Root, err)
 	}
-	if n.store, err = store.Open(store.Config{Dir: n.files.store(), Keep: true, Log: cfg.Log}); err != nil {
+	if n.store, err = store.Open(store.Config{Dir: n.files.store(), Keep: true, Stall: sourceStall, Log: cfg.Log}); err != nil {
 		return nil, fmt.Errorf("open node %s: %w", cfg.Root, err)
 	}
 	if err = n.files.create(); err == nil {

@@ -35,6 +35,11 @@ const rangeBytes = 4 << 20
 // connection.
 const firstGrace = time.Minute
 
+// registryStall is after how long without a byte a connection to a registry is
+// given up for another one: before the store gives the registry up, which is
+// before a guest gives the node up.
+const registryStall = 10 * time.Second
+
 // Run serves the node until ctx ends, or, with IdleExit, until nothing uses it
 // any more. Then it lets calls under way finish, for a while, and makes the
 // store durable.
@@ -53,6 +58,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
 	client := registry.New(registry.Config{
 		PlainHTTP: registry.PlainHTTPHosts(cfg.Registry.PlainHTTP), Credentials: credentialsOf(cfg.Registry.Credentials),
 		UserAgent: "tatami-host", Log: log, Chunk: rangeBytes, InFlight: cfg.Registry.Ranges,
+		Stall: registryStall,
 	})
 	defer func() { err = errors.Join(err, client.Close()) }()
 	n, err := node.Open(node.Config{Root: cfg.Root, Registry: client, Layers: cfg.Registry.Layers, Log: log})

@@ -133,7 +133,6 @@ func (m *Mounter) adopt(lw *lower) error {
 // that the system calls come back.
 func (m *Mounter) attach(ctx context.Context, node uint64, p Path, rec imageRecord, dir string) (device string, err error) {
 	stop := context.AfterFunc(ctx, func() { m.server.Abort(node) })
-	defer stop()
 	device, err = m.withReadAhead(ctx, p, func() (device string, err error) {
 		err = thread.Isolated(func() (err error) {
 			var fd int
@@ -144,8 +143,8 @@ func (m *Mounter) attach(ctx context.Context, node uint64, p Path, rec imageReco
 		})
 		return device, err
 	})
-	if ctx.Err() != nil {
-		err = errors.Join(err, ctx.Err())
+	if !stop() { // the image is aborted, or about to be
+		err = errors.Join(err, context.Cause(ctx))
 	}
 	if err != nil {
 		return "", errors.Join(err, detach(dir))

@@ -64,7 +64,8 @@ func (m *Mounter) tryPaths(ctx context.Context) error {
 		m.log.Warn("a way to mount images does not work here", "path", p, "err", err)
 		why = errors.Join(why, fmt.Errorf("%s: %w", p, err))
 	}
-	m.probe.done, m.probe.works, m.probe.why = true, works, why
+	// Where nothing works the reason may pass: out of memory, a module to come.
+	m.probe.done, m.probe.works, m.probe.why = len(works) > 0, works, why
 	return nil
 }
 

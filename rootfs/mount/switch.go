@@ -52,6 +52,14 @@ func (m *Mounter) SwitchToLocal(ctx context.Context, manifest digest.Digest, pat
 	return m.switched(ctx, lw, path)
 }
 
+// Local says whether an image that is mounted is read from a local file.
+func (m *Mounter) Local(manifest digest.Digest) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	lw := m.lowers[manifest]
+	return lw != nil && lw.rec.Local != ""
+}
+
 // syncFile checks the file and puts it on disk. The switch would do so itself,
 // with all readers waiting.
 func syncFile(path string, size int64) error {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -70,7 +71,7 @@ type Stats struct {
 func New(cfg Config) *Client {
 	cfg = cfg.withDefaults()
 	c := &Client{cfg: cfg, log: cfg.Log}
-	c.plain = &http.Client{Transport: newTransport(cfg)}
+	c.plain = &http.Client{Transport: newTransport(cfg), CheckRedirect: checkRedirect}
 	c.tokens = newTokenCache(&c.stats.tokens)
 	c.auth = &auth.Client{
 		Client:     c.plain,
@@ -80,6 +81,21 @@ func New(cfg Config) *Client {
 		ClientID:   "tatami",
 	}
 	return c
+}
+
+// maxRedirects is as much as net/http follows by itself.
+const maxRedirects = 10
+
+// checkRedirect keeps credentials from going elsewhere. net/http would send
+// them on to other ports and subdomains of the host, and over plain HTTP.
+func checkRedirect(req *http.Request, via []*http.Request) error {
+	if len(via) >= maxRedirects {
+		return fmt.Errorf("more than %d redirects", maxRedirects)
+	}
+	if first := via[0].URL; req.URL.Scheme != first.Scheme || req.URL.Host != first.Host {
+		req.Header.Del("Authorization")
+	}
+	return nil
 }
 
 func (cfg Config) withDefaults() Config {

@@ -94,7 +94,10 @@ func catchSignals(o *run.Options) (stop func()) {
 	c := make(chan os.Signal, 8)
 	signal.Notify(c, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
 	o.Signals = c
-	return func() { signal.Stop(c) }
+	// A reader of our output that goes away is no reason to die without undoing.
+	pipe := make(chan os.Signal, 1)
+	signal.Notify(pipe, syscall.SIGPIPE)
+	return func() { signal.Stop(c); signal.Stop(pipe) }
 }
 
 func writeReport(r *run.Report, format, file string, w io.Writer) error {

@@ -77,6 +77,9 @@ func receive(w io.Writer, c net.Conn) error {
 		w = io.Discard
 	}
 	_, err := io.Copy(w, c)
+	if errors.Is(err, syscall.EPIPE) {
+		return nil // `tatami run … | head` is no failure of the container
+	}
 	return err
 }
 

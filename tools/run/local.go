@@ -99,10 +99,13 @@ func (l *local) close(ctx context.Context) error {
 	_ = l.cmd.Process.Signal(syscall.SIGTERM) // it may have ended by itself
 	select {
 	case <-l.ended:
-		return os.RemoveAll(l.dir)
+		if l.err == nil {
+			return os.RemoveAll(l.dir)
+		}
+		// Its mounts may be left, and with them the way to the user's files.
+		return fmt.Errorf("tatami-guest ended badly (%w): look for mounts below %s before you remove it", l.err, l.dir)
 	case <-ctx.Done():
 	}
-	// Mounts may be left below the directory: leave it for the user to see.
 	_ = syscall.Kill(-l.cmd.Process.Pid, syscall.SIGKILL)
 	<-l.ended
 	return errors.Join(fmt.Errorf("tatami-guest did not end in time and was killed; look for mounts below %s: %w", l.dir, errdefs.ErrUnavailable), ctx.Err())

@@ -20,8 +20,8 @@ import (
 	"github.com/tatami-containers/tatami/tools/bundle"
 )
 
-// teardown bounds how long the undoing of a run may take.
-const teardown = 20 * time.Second
+// teardown bounds how long each step of undoing a run may take.
+const teardown = 10 * time.Second
 
 // guestReady bounds the time from the machine's start to the daemon's answer.
 const guestReady = 90 * time.Second
@@ -67,13 +67,19 @@ func (r *runner) later(f func(context.Context) error) { r.cleanups = append(r.cl
 
 // undo takes everything back in reverse, also when ctx has ended.
 func (r *runner) undo(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardown)
-	defer cancel()
 	var errs []error
 	for i := len(r.cleanups) - 1; i >= 0; i-- {
-		errs = append(errs, r.cleanups[i](ctx))
+		errs = append(errs, bounded(ctx, r.cleanups[i]))
 	}
 	return errors.Join(errs...)
+}
+
+// bounded gives each cleanup its own time: one that hangs takes none from the
+// others.
+func bounded(ctx context.Context, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), teardown)
+	defer cancel()
+	return f(ctx)
 }
 
 // unlessGone drops the error of a cleanup whose daemon has ended: with it went
@@ -303,9 +309,9 @@ func (r *runner) runContainer(ctx context.Context, img *api.MountResponse) error
 		return err
 	}
 	r.later(func(ctx context.Context) error { return unlessGone(c.delete(ctx)) })
-	r.signals.target.Store(c)
 	r.report.ExitCode, err = c.run(ctx, func(ctx context.Context) {
 		end()
+		r.signals.target.Store(c)
 		r.report.FirstExec = r.t.since()
 		r.report.FetchedAtExec = r.fetched(ctx)
 	})

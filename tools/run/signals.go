@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync/atomic"
 	"syscall"
+	"time"
 )
 
 // patience is how many interrupts a run passes on before it takes one for
@@ -42,7 +43,7 @@ func (s *signals) loop(ctx context.Context, cancel context.CancelCauseFunc) {
 			if !ok {
 				continue
 			}
-			c, ends := s.target.Load(), n == syscall.SIGINT || n == syscall.SIGTERM
+			c, ends := s.target.Load(), ending(n)
 			if ends {
 				interrupts++
 			}
@@ -51,8 +52,23 @@ func (s *signals) loop(ctx context.Context, cancel context.CancelCauseFunc) {
 				return
 			}
 			if c != nil {
-				_ = c.signal(ctx, n) // it may have ended just now
+				s.pass(ctx, c, n)
 			}
 		}
 	}
+}
+
+// ending says whether a signal asks to end.
+func ending(n syscall.Signal) bool {
+	return n == syscall.SIGINT || n == syscall.SIGTERM || n == syscall.SIGHUP || n == syscall.SIGQUIT
+}
+
+// passTime bounds how long a guest may take to deliver a signal: one that does
+// not answer must not keep the user from insisting.
+const passTime = 2 * time.Second
+
+func (s *signals) pass(ctx context.Context, c *container, n syscall.Signal) {
+	ctx, cancel := context.WithTimeout(ctx, passTime)
+	defer cancel()
+	_ = c.signal(ctx, n) // the container may have ended just now
 }

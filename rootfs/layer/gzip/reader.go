@@ -169,4 +169,22 @@ func (r *Reader) mark() {
 		c.Window = append([]byte(nil), window...)
 	}
 	r.points = append(r.points, c)
+	if len(r.points) >= maxPoints {
+		r.thin()
+	}
+}
+
+// maxPoints bounds the windows of one blob to 128 MiB: a small blob of
+// many zeros, which is a large file, would have any number of checkpoints.
+const maxPoints = 4096
+
+// thin drops every second checkpoint and takes further ones at twice the
+// distance. The first, from which everything can be reached, stays.
+func (r *Reader) thin() {
+	kept := r.points[:0]
+	for i := 0; i < len(r.points); i += 2 {
+		kept = append(kept, r.points[i])
+	}
+	clear(r.points[len(kept):])
+	r.points, r.span = kept, 2*r.span
 }

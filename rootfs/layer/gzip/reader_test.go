@@ -281,3 +281,39 @@ func TestCloseTwice(t *testing.T) {
 		t.Error("read after close works")
 	}
 }
+
+// TestCheckpointsAreBounded reads far more plain bytes than maxPoints spans
+// have, and every checkpoint that is left still works.
+func TestCheckpointsAreBounded(t *testing.T) {
+	const span = 16
+	var plain, blob bytes.Buffer
+	w := stdgzip.NewWriter(&blob)
+	for i := range maxPoints * 4 {
+		fmt.Fprintf(&plain, "line %d of many that differ\n", i)
+		fmt.Fprintf(w, "line %d of many that differ\n", i)
+		if err := w.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var pool Pool
+	r := pool.NewReader(bytes.NewReader(blob.Bytes()))
+	r.Record(span)
+	if _, err := io.Copy(io.Discard, r); err != nil {
+		t.Fatal(err)
+	}
+	points := r.Checkpoints()
+	if len(points) >= maxPoints || len(points) < maxPoints/4 || points[0].Out != 0 {
+		t.Fatalf("%d checkpoints, the first at %d", len(points), points[0].Out)
+	}
+	for _, c := range points[len(points)/2 : len(points)/2+20] {
+		z := pool.Resume(bytes.NewReader(blob.Bytes()[c.Bit/8:]), c)
+		got := make([]byte, 100)
+		if _, err := io.ReadFull(z, got); err != nil || !bytes.Equal(got, plain.Bytes()[c.Out:c.Out+100]) {
+			t.Errorf("from %d: %q, %v", c.Out, got, err)
+		}
+		z.Close()
+	}
+}
