@@ -21,7 +21,7 @@ import (
 )
 
 // teardown bounds how long each step of undoing a run may take.
-const teardown = 10 * time.Second
+const teardown = 30 * time.Second
 
 // guestReady bounds the time from the machine's start to the daemon's answer.
 const guestReady = 90 * time.Second
@@ -276,10 +276,12 @@ func (r *runner) mount(ctx context.Context) (*api.MountResponse, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mount %s in the guest: %w", r.o.Image, err)
 	}
-	r.later(func(ctx context.Context) error {
-		_, err := g.Unmount(ctx, &api.UnmountRequest{Id: r.id})
-		return unlessGone(err)
-	})
+	if r.o.VM == None { // a virtual machine takes its mounts with it
+		r.later(func(ctx context.Context) error {
+			_, err := g.Unmount(ctx, &api.UnmountRequest{Id: r.id})
+			return unlessGone(err)
+		})
+	}
 	r.t.add(Phase{"mount", from, r.t.since() - from})
 	r.t.remote(from, indented(resp.Phases))
 	r.report.MountPath, r.report.Digest = resp.Path, resp.ManifestDigest
