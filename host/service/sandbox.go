@@ -1,6 +1,7 @@
 package service
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -72,7 +73,7 @@ func newSandbox(s *Service, id string, at place) (*sandbox, error) {
 // serve answers on both listeners until close.
 func (b *sandbox) serve(host, relay net.Listener) {
 	b.wg.Go(func() {
-		err := b.host.Serve(silent(context.Background()), netutil.LimitListener(host, hostConns))
+		err := b.host.Serve(silent(context.Background()), netutil.LimitListener(b.strict(host), hostConns))
 		if !errors.Is(err, ttrpc.ErrServerClosed) {
 			b.s.log.Error("the Host service of a sandbox ended", "sandbox", b.id, "error", err)
 		}
@@ -82,6 +83,17 @@ func (b *sandbox) serve(host, relay net.Listener) {
 			b.s.log.Error("the relay of a sandbox ended", "sandbox", b.id, "error", err)
 		}
 	})
+}
+
+// strict makes a listener one for guests. Only the first refused connection is
+// logged: a hostile guest could fill the node's log.
+func (b *sandbox) strict(l net.Listener) net.Listener {
+	var once sync.Once
+	return &strict{Listener: l, stall: cmp.Or(b.s.cfg.Stall, defaultStall), refused: func(err error) {
+		once.Do(func() {
+			b.s.log.Warn("a connection to the Host service is refused; further ones of this sandbox are not logged", "sandbox", b.id, "error", err)
+		})
+	}}
 }
 
 // silent keeps ttrpc from logging what a guest sends: a hostile one could fill
