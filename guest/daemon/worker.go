@@ -68,7 +68,7 @@ func (w *worker) open() (err error) {
 		dir = filepath.Join(w.cfg.StateDir, "store")
 	}
 	keep := w.cfg.StoreDir != ""
-	if w.store, err = store.Open(store.Config{Dir: dir, Keep: keep, Memory: w.cfg.StoreMemory, Stall: nodeStall, Log: w.log}); err != nil {
+	if w.store, err = store.Open(store.Config{Dir: dir, Keep: keep, Memory: w.cfg.StoreMemory, Stall: nodeStall, Patience: nodePatience, Log: w.log}); err != nil {
 		return err
 	}
 	unpacked, err := unpack.Open(unpackedDir(w.cfg), w.log)
@@ -88,6 +88,10 @@ func (w *worker) open() (err error) {
 // nodeStall is after how long without a byte the node is given up: the node
 // itself tries a registry several times meanwhile.
 const nodeStall = 90 * time.Second
+
+// nodePatience is how long reads wait for a node that is away, as while it is
+// upgraded, before they fail.
+const nodePatience = time.Minute
 
 // preferred is the loop device where images will be complete some day: only
 // that can then be switched to a local file.

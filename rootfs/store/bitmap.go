@@ -19,6 +19,20 @@ func (b bitmap) has(i int) bool { return b[i/64].Load()&(1<<(i%64)) != 0 }
 // set sets bit i and reports whether it was 0.
 func (b bitmap) set(i int) bool { return b[i/64].Or(1<<(i%64))&(1<<(i%64)) == 0 }
 
+// add sets the bits that are set in other.
+func (b bitmap) add(other bitmap) {
+	for i := range b {
+		b[i].Or(other[i].Load())
+	}
+}
+
+// clone copies b word by word: bits that are set meanwhile may be missing.
+func (b bitmap) clone() bitmap {
+	out := make(bitmap, len(b))
+	out.add(b)
+	return out
+}
+
 func (b bitmap) clear(i int) { b[i/64].And(^uint64(1 << (i % 64))) }
 
 // The bitmap file, little-endian: magic, version and flags (4 bytes each, flags

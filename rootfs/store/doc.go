@@ -13,6 +13,7 @@
 //	                                        verified, not kept       absent (bytes delivered)
 //	                                        no source could give it  absent (error delivered)
 //	present   bit 1                         Remove                   absent
+//	                                        its sync failed          absent
 //
 // A chunk has at most one claim; whoever needs it meanwhile registers a
 // destination on the claim and gets the bytes copied there by the fetch. So
@@ -33,12 +34,19 @@
 // ([readahead]). Present chunks are never fetched again. Fill and Prefetch fetch
 // exactly what they are told to; Fill starts nothing while demand reads wait.
 //
+// When no source works, a demand fetch asks them again until Config.Patience has
+// passed, as long as a reader waits. Readers through other handles then take its
+// chunks over.
+//
 // # Keeping
 //
 // With Config.Keep a segment is one sparse file plus a bitmap file. Bits are set
 // in memory at once and reach the disk in this order: data, fdatasync, bitmap
 // (a new file, fsync, rename). So bits on disk are trusted at Open; after a
-// crash the chunks of the last seconds are simply absent.
+// crash the chunks of the last seconds are simply absent. When the sync fails,
+// the kernel may have lost any byte written since the one before: those chunks
+// are absent again, reads of them that are under way begin anew, and a chunk
+// that was being written meanwhile is not kept.
 //
 // Without Keep, verified chunks that were fetched ahead of a reader stay in
 // memory, at most Config.Memory bytes together with the buffers of running
@@ -62,7 +70,7 @@
 // # Locks
 //
 //	Store.mu (what is open, what is on disk; held over file operations, never by reads)
-//	  segment.flushMu (what is on disk of one segment; held over I/O)
+//	  segment.flushMu (what is on disk of one segment, durable; held over I/O)
 //	    segment.mu (claims, waiters, readahead; never held over I/O)
 //	      handle.mu, memory.mu (leaves)
 package store

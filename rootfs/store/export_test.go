@@ -1,6 +1,9 @@
 package store
 
-import "time"
+import (
+	"os"
+	"time"
+)
 
 // SetFillPatience changes how long Fill waits for demand reads.
 func (s *Store) SetFillPatience(d time.Duration) { s.fillPatience = d }
@@ -13,3 +16,9 @@ func (s *Store) Flush() { s.flushAll() }
 
 // ForgetMemory drops the chunks that wait in memory.
 func (s *Store) ForgetMemory() { s.mem.drop() }
+
+// SetSync changes how the data of segments is synced.
+func (s *Store) SetSync(f func(*os.File) error) { s.syncFile = f }
+
+// Ahead is how many bytes of readahead are in flight.
+func (s *Store) Ahead() int64 { return s.stats.ahead.Load() }

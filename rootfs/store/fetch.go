@@ -21,6 +21,9 @@ type fetch struct {
 
 	// next changes only in run's goroutine; others read both under segment.mu.
 	next, stop int
+
+	down   bool // the last attempt failed because no source works; run's goroutine only
+	paused bool // waits until sources work again; protected by segment.mu
 }
 
 // maxBad is after how many chunks with wrong bytes from all sources a fetch
@@ -30,22 +33,35 @@ const maxBad = 4
 func (f *fetch) run() {
 	defer f.v.h.s.stats.fetches.Add(-1)
 	defer f.v.h.s.stats.ahead.Add(-f.ahead)
-	buf, err := f.v.h.s.mem.reserve(f.v.h.ctx, f.largest)
-	if err != nil {
-		f.abandon(f.v.h.errClosed())
-		return
-	}
-	defer f.v.h.s.mem.release(buf)
-	for bad := 1; f.more(); bad++ {
-		err := f.fromAny(*buf)
+	var o outage
+	for bad := 1; f.more(); {
+		err := f.attempt()
 		switch {
 		case err == nil:
+		case f.endure(&o):
 		case errdefs.IsDataLoss(err) && bad < maxBad:
+			bad++
 			f.fail(err) // the chunks behind it may be good
 		default:
 			f.abandon(err)
 		}
 	}
+}
+
+// attempt asks the sources for the rest of the run. It holds a buffer no longer
+// than that.
+func (f *fetch) attempt() error {
+	h := f.v.h
+	f.down = false
+	if h.ctx.Err() != nil {
+		return h.errClosed()
+	}
+	buf, err := h.s.mem.reserve(h.ctx, f.largest)
+	if err != nil {
+		return h.errClosed()
+	}
+	defer h.s.mem.release(buf)
+	return f.fromAny(*buf)
 }
 
 func (f *fetch) more() bool { return f.next < f.end() }
@@ -68,6 +84,7 @@ func (f *fetch) fromAny(buf []byte) error {
 			return nil
 		}
 		if stuck {
+			f.down = allDown(errs)
 			c := f.v.seg.table.Chunks[f.next]
 			return exhausted(fmt.Sprintf("chunk at %d of segment %s", c.Off, f.v.seg.id), errs)
 		}
@@ -191,9 +208,13 @@ func (w *watched) Read(p []byte) (int, error) {
 // next, copies them to everyone who waits and gives up the claim.
 func (f *fetch) deliver(b []byte) {
 	g, i := f.v.seg, f.next
+	epoch := g.epoch.Load()
 	kept, err := g.keep(i, b)
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if kept && g.epoch.Load() != epoch { // the failed sync may have covered this write
+		kept, err = false, fmt.Errorf("keep chunk %d of segment %s: %w", i, g.id, errors.Join(errdefs.ErrResourceExhausted, errUnsynced))
+	}
 	if kept {
 		g.setPresent(i)
 	}
@@ -259,7 +280,7 @@ func (g *segment) takeClaim(i int) *claim {
 
 // split hands the chunks from i on to a fetch of its own, for a reader who would
 // otherwise wait too long. Precondition: segment.mu is held, f has claimed i and
-// is not at it yet.
+// is not at it yet or is paused.
 func (f *fetch) split(i int, v *view, by *read) *fetch {
 	far := &fetch{v: v, by: by, next: i, stop: f.stop}
 	for k := i; k < f.stop; k++ {

@@ -47,6 +47,7 @@ func (h *handle) start(fetches []*fetch) {
 		h.mu.Unlock()
 		if closed {
 			f.abandon(h.errClosed())
+			h.s.stats.ahead.Add(-f.ahead)
 		}
 	}
 }

@@ -23,7 +23,7 @@ type tenancy struct {
 func (g *segment) openHome() error {
 	h, err := g.openTenancy()
 	if err == nil {
-		g.moveTo(h)
+		g.moveTo(h, true)
 		g.dirty.Store(false)
 		return nil
 	}
@@ -117,14 +117,20 @@ func readBits(name string, n int) (bitmap, error) {
 	return decodeBits(data, n)
 }
 
+// adopt takes over bits that were flushed. Precondition: nobody else has the
+// segment.
 func (g *segment) adopt(bits bitmap) {
 	for i := range g.table.Chunks {
 		if bits.has(i) {
 			g.setPresent(i)
+			g.durable.set(i)
 		}
 	}
 	g.dirty.Store(false)
 }
+
+// errUnsynced says that the disk did not take the data.
+var errUnsynced = errors.New("data could not be synced")
 
 // flush makes durable what was kept so far: first the data, then the bits that
 // were set before the data was synced.
@@ -134,21 +140,51 @@ func (g *segment) flush() {
 	if !g.dirty.Swap(false) {
 		return
 	}
-	if err := g.flushBits(); err != nil {
-		g.dirty.Store(true)
+	err := g.flushBits()
+	if err == nil {
+		return
+	}
+	g.dirty.Store(true)
+	if !errors.Is(err, errUnsynced) { // which drop has reported
 		g.s.log.Warn("what was fetched may be fetched again after a restart", "segment", g.id, "err", err)
 	}
 }
 
 // flushBits does flush's work. Precondition: flushMu is held.
 func (g *segment) flushBits() error {
-	bits := encodeBits(g.bits, len(g.table.Chunks)) // before the sync that covers them
+	bits := g.bits.clone() // before the sync that covers them
 	h := g.home.Load()
 	if h == nil || !h.own {
 		return nil
 	}
-	if err := h.file.Sync(); err != nil {
-		return err
+	if err := g.s.syncFile(h.file); err != nil {
+		g.drop(err)
+		return fmt.Errorf("%w: %w", errUnsynced, err)
 	}
-	return g.s.dir.write(g.s.dir.segment(g.id, bitsFile), bits)
+	g.durable.add(bits)
+	return g.s.dir.write(g.s.dir.segment(g.id, bitsFile), encodeBits(bits, len(g.table.Chunks)))
+}
+
+// drop makes absent every chunk that no sync has covered, after one failed: the
+// kernel takes pages that it could not write for clean, so that sooner or later
+// they read as zeros, and the next sync succeeds without them. The epoch changes
+// after the bits, so whoever saw one of these bits finds another epoch when its
+// pread is done and reads again. What cannot be helped are preads that end
+// before the kernel reports the failure here. Precondition: flushMu is held.
+func (g *segment) drop(err error) {
+	n := int64(0)
+	g.mu.Lock()
+	for i, c := range g.table.Chunks {
+		if g.bits.has(i) && !g.durable.has(i) {
+			g.bits.clear(i)
+			g.missing.Add(c.Len)
+			n++
+		}
+	}
+	g.epoch.Add(1)
+	g.mu.Unlock()
+	g.s.stats.keepFailures.Add(n)
+	g.s.stats.dropLogged.Do(func() {
+		g.s.log.Error("disk fails; what it lost is fetched again", "segment", g.id, "chunks", n, "dir", g.s.cfg.Dir, "err", err)
+	})
 }

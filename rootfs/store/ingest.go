@@ -66,7 +66,8 @@ func (n *Ingest) WriteZeros(count int64) error {
 
 // Commit makes what was written the complete segment of table t and returns its
 // id. It can be read at once; it survives a crash a little later, when its data
-// has been synced in the background or at Close. When the store has the segment
+// has been synced in the background or at Close. When that sync fails, the bytes
+// are absent again. When the store has the segment
 // completely already, the new bytes are dropped. Bytes are not compared with the
 // digests: the caller has just computed these from them.
 func (n *Ingest) Commit(t *index.Table) (index.ID, error) {
@@ -126,7 +127,7 @@ func (n *Ingest) takeOver(g *segment) error {
 	if err := os.Rename(n.f.Name(), dir.segment(g.id, dataFile)); err != nil {
 		return err
 	}
-	g.moveTo(&home{file: n.f, own: true})
+	g.moveTo(&home{file: n.f, own: true}, false)
 	n.f = nil // it is the segment's now
 	return nil
 }

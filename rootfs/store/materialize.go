@@ -72,8 +72,13 @@ func (i *Image) build(ctx context.Context, name string) error {
 	return i.h.s.dir.place(f, name, err)
 }
 
-// copyTo copies the complete segment to f at off.
+// copyTo copies the complete segment to f at off. It is flushed first, so that
+// what the disk has lost is not copied as zeros.
 func (g *segment) copyTo(f *os.File, off int64) error {
+	g.flush()
+	if n := g.missing.Load(); n > 0 {
+		return fmt.Errorf("segment %s: %d bytes are missing: %w", g.id, n, errdefs.ErrUnavailable)
+	}
 	src, h, err := g.dup()
 	if err != nil {
 		return err
@@ -144,7 +149,7 @@ func (s *Store) settleInImage(manifest digest.Digest, g *segment) error {
 	if err != nil {
 		return errors.Join(err, h.file.Close())
 	}
-	g.moveTo(h)
+	g.moveTo(h, true)
 	return nil
 }
 

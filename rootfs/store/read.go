@@ -20,20 +20,28 @@ type view struct {
 func (v *view) readAt(ctx context.Context, p []byte, off int64) error {
 	g := v.seg
 	end := off + int64(len(p))
+	epoch := g.epoch.Load() // before the bits
 	if !g.present(off, end) {
 		return v.readMissing(ctx, p, off)
 	}
 	if g.ahead.marked(off, end) {
 		v.readAhead(off, end)
 	}
+	if err := g.pread(p, off); err != nil {
+		return err
+	}
+	if g.epoch.Load() != epoch { // a failed sync may have taken these bytes
+		return v.readMissing(ctx, p, off)
+	}
 	c := &v.h.s.stats
 	c.hits.Add(1)
 	c.hitBytes.Add(int64(len(p)))
-	return g.pread(p, off)
+	return nil
 }
 
 // errAgain says that a fetch failed which the reader had only joined: it may have
-// begun long before, or have used the sources of another handle.
+// begun long before, or have used the sources of another handle. It is also the
+// error of a read from home during which chunks were dropped.
 var errAgain = errors.New("fetch of another reader failed")
 
 // maxTries bounds how often a read joins failing fetches: of its own handle
@@ -57,7 +65,7 @@ func (v *view) readMissing(ctx context.Context, p []byte, off int64) error {
 	for tries := 0; ; tries++ {
 		r, local, fetches := v.request(p, off, tries)
 		v.h.start(fetches)
-		err := v.readLocal(p, off, local)
+		err := v.readLocal(p, off, r, local)
 		if err == nil {
 			err = v.await(ctx, r, int64(len(p)))
 		} else {
@@ -78,6 +86,7 @@ func (v *view) request(p []byte, off int64, tries int) (r *read, local []int, fe
 	r = &read{done: make(chan struct{}), tries: tries}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	r.epoch = g.epoch.Load()
 	if g.ahead.marked(off, end) {
 		fetches = v.nextWindow(off, end)
 	}
@@ -95,7 +104,7 @@ func (v *view) request(p []byte, off int64, tries int) (r *read, local []int, fe
 		}
 		if g.claims[i] == nil {
 			fetches = append(fetches, v.claimWindow(i, end, r)...)
-		} else if f := g.claims[i].f; f.by != r && g.distance(f.next, i) > v.h.s.cfg.Window {
+		} else if f := g.claims[i].f; f.by != r && v.overtakes(f, i) {
 			fetches = append(fetches, f.split(i, v, r))
 		}
 		g.wait(i, w)
@@ -103,14 +112,25 @@ func (v *view) request(p []byte, off int64, tries int) (r *read, local []int, fe
 	return r, local, fetches
 }
 
-// readLocal reads the parts of p that lie in the given present chunks.
-func (v *view) readLocal(p []byte, off int64, chunks []int) error {
+// overtakes says whether a reader of chunk i, which f has claimed, does not wait
+// for f: it is far away, or f waits for sources that the reader need not have.
+// Precondition: g.mu is held.
+func (v *view) overtakes(f *fetch, i int) bool {
+	return v.seg.distance(f.next, i) > v.h.s.cfg.Window || f.paused && f.v.h != v.h
+}
+
+// readLocal reads the parts of p that lie in the given chunks, which were present
+// when r was made.
+func (v *view) readLocal(p []byte, off int64, r *read, chunks []int) error {
 	for _, i := range chunks {
 		c := v.seg.table.Chunks[i]
 		lo, hi := max(off, c.Off), min(off+int64(len(p)), c.End())
 		if err := v.seg.pread(p[lo-off:hi-off], lo); err != nil {
 			return err
 		}
+	}
+	if len(chunks) > 0 && v.seg.epoch.Load() != r.epoch {
+		return errAgain
 	}
 	return nil
 }
@@ -122,8 +142,9 @@ type read struct {
 	err  error
 	gone bool // the caller has left: its buffer is not to be touched
 
-	tries int  // how often the caller has joined a fetch in vain; immutable
-	waits bool // something has to come; set before the lock is left for the first time
+	tries int   // how often the caller has joined a fetch in vain; immutable
+	waits bool  // something has to come; set before the lock is left for the first time
+	epoch int64 // of the segment when the read looked for its chunks; set like waits
 }
 
 // waiter is one chunk that a read waits for.

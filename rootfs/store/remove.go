@@ -184,7 +184,7 @@ func (g *segment) settleIn(f *os.File, err error) error {
 	if err != nil {
 		return err
 	}
-	g.moveTo(&home{file: own, own: true})
+	g.moveTo(&home{file: own, own: true}, true)
 	if err := g.flushBits(); err != nil {
 		return err
 	}

@@ -25,7 +25,9 @@ type segment struct {
 	missing atomic.Int64         // bytes of the chunks that are not present
 	home    atomic.Pointer[home] // where present chunks are; nil without Keep
 	dirty   atomic.Bool          // bits were set since the last flush
+	epoch   atomic.Int64         // how often bits were cleared by drop; changes with mu held
 	flushMu sync.Mutex           // one flush, or one change of home, at a time
+	durable bitmap               // chunks whose bytes in home survived a sync; protected by flushMu
 
 	mu     sync.Mutex
 	claims map[int]*claim // chunks being fetched, protected by mu
@@ -40,7 +42,7 @@ type home struct {
 }
 
 func newSegment(s *Store, id index.ID, t *index.Table) *segment {
-	g := &segment{s: s, id: id, table: t, bits: newBitmap(len(t.Chunks)), claims: map[int]*claim{}}
+	g := &segment{s: s, id: id, table: t, bits: newBitmap(len(t.Chunks)), durable: newBitmap(len(t.Chunks)), claims: map[int]*claim{}}
 	for _, c := range t.Chunks {
 		g.missing.Add(c.Len)
 	}
@@ -120,13 +122,17 @@ func (g *segment) keep(i int, b []byte) (bool, error) {
 	return true, nil
 }
 
-// moveTo makes h the home of the segment, which h has completely.
-// Precondition: flushMu is held.
-func (g *segment) moveTo(h *home) {
+// moveTo makes h the home of the segment, which h has completely; synced says
+// that it has it on disk. Precondition: flushMu is held.
+func (g *segment) moveTo(h *home, synced bool) {
 	g.mu.Lock()
 	old := g.home.Swap(h)
 	for i := range g.table.Chunks {
 		g.setPresent(i)
+		g.durable.clear(i) // what was synced was the old file
+		if synced {
+			g.durable.set(i)
+		}
 	}
 	g.mu.Unlock()
 	if old != nil {

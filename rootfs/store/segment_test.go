@@ -29,7 +29,7 @@ func TestReadWhileMoving(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		g.moveTo(&home{file: f})
+		g.moveTo(&home{file: f}, true)
 	}
 	move()
 	var moved atomic.Bool

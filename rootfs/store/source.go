@@ -84,6 +84,13 @@ func inOrder(all []*source) []*source {
 	return out
 }
 
+// allDown says whether every source failed in a way that may pass: none gave
+// wrong bytes and none lacks the segment.
+func allDown(errs []error) bool {
+	lasting := func(err error) bool { return errdefs.IsNotFound(err) || errdefs.IsDataLoss(err) }
+	return len(errs) > 0 && !slices.ContainsFunc(errs, lasting)
+}
+
 // exhausted is the error after no source could give a chunk. It is ErrDataLoss
 // when every one gave wrong bytes, and ErrUnavailable, which a later read may
 // overcome, otherwise. The sources' own classes do not shine through.

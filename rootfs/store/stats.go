@@ -14,7 +14,7 @@ type Stats struct {
 	Misses, MissBytes  int64         // reads that waited for a fetch
 	Wait               time.Duration // of all misses together
 	VerifyFailures     int64         // chunks with wrong bytes
-	KeepFailures       int64         // chunks that the disk did not take
+	KeepFailures       int64         // chunks that the disk did not take, or lost before they were synced
 	MemoryBytes        int64         // chunk buffers in use now
 	Sources            []SourceStats // by name
 	ImagesOpen         int
@@ -35,7 +35,7 @@ type counters struct {
 	hits, hitBytes, misses, missBytes, wait atomic.Int64
 	verifyFailures, keepFailures            atomic.Int64
 	fetches, ahead, heldBack                atomic.Int64 // ahead: bytes of readahead in flight
-	keepLogged                              sync.Once
+	keepLogged, dropLogged                  sync.Once
 
 	mu      sync.Mutex
 	sources map[string]*sourceCounters // protected by mu

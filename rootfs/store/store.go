@@ -28,6 +28,7 @@ type Config struct {
 	MaxWindow    int64         // bytes up to which sequential reads grow it, default 8 MiB; never over a quarter of Memory without Keep
 	Memory       int64         // bound of chunk buffers in bytes, default 16 MiB (64 MiB with Keep)
 	Stall        time.Duration // how long a source may go without a byte, default 30 s
+	Patience     time.Duration // how long a demand fetch asks again when no source works, default 0: not at all
 	FillParallel int           // fetches that one Fill has in flight, default 4
 	Log          *slog.Logger  // default: none
 }
@@ -49,6 +50,8 @@ type Store struct {
 	// How Fill shares the link; tests change them before the first read.
 	fillQuiet    time.Duration // without demand before Fill continues
 	fillPatience time.Duration // after which Fill continues all the same
+
+	syncFile func(*os.File) error // of segments' data; tests change it before the first read
 
 	mu       sync.Mutex
 	closed   bool                     // protected by mu, as all below
@@ -73,6 +76,7 @@ func Open(cfg Config) (*Store, error) {
 		records: map[digest.Digest]record{}, images: map[digest.Digest]*image{},
 		segments: map[index.ID]*segment{}, handles: map[*handle]bool{}, ingested: map[index.ID]bool{},
 		fillQuiet: 20 * time.Millisecond, fillPatience: time.Second,
+		syncFile: (*os.File).Sync,
 	}
 	if err := s.openDir(); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", cfg.Dir, err)
