@@ -166,7 +166,10 @@ func (d *daemon) stays(t *testing.T) {
 func TestIdleExit(t *testing.T) {
 	d := run(t, func(c *config.Config) { c.IdleExit = true })
 	n, first := d.connect(t)
-	_, second := d.connect(t)
+	other, second := d.connect(t)
+	if _, err := other.NodeStats(t.Context(), &api.NodeStatsRequest{}); err != nil {
+		t.Fatal(err) // it counts from when it was accepted
+	}
 	at := filepath.Join(d.cfg.Root, "vm")
 	if _, err := n.Attach(t.Context(), &api.AttachRequest{Sandbox: "s", HostAddress: "unix:" + at + "h", RelayAddress: "unix:" + at + "r"}); err != nil {
 		t.Fatal(err)

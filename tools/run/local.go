@@ -99,16 +99,25 @@ func (l *local) close(ctx context.Context) error {
 	_ = l.cmd.Process.Signal(syscall.SIGTERM) // it may have ended by itself
 	select {
 	case <-l.ended:
-		if l.err == nil {
-			return os.RemoveAll(l.dir)
-		}
-		// Its mounts may be left, and with them the way to the user's files.
-		return fmt.Errorf("tatami-guest ended badly (%w): look for mounts below %s before you remove it", l.err, l.dir)
+		return l.remove()
 	case <-ctx.Done():
 	}
 	_ = syscall.Kill(-l.cmd.Process.Pid, syscall.SIGKILL)
 	<-l.ended
 	return errors.Join(fmt.Errorf("tatami-guest did not end in time and was killed; look for mounts below %s: %w", l.dir, errdefs.ErrUnavailable), ctx.Err())
+}
+
+// remove removes the directory, unless something is mounted below it still:
+// that may lead to the user's files.
+func (l *local) remove() error {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return fmt.Errorf("look for mounts below %s: %w", l.dir, err)
+	}
+	if bytes.Contains(mounts, []byte(" "+l.dir+"/")) {
+		return fmt.Errorf("tatami-guest ended badly (%w) and left mounts below %s: unmount them, then remove it", orNil(l.err), l.dir)
+	}
+	return os.RemoveAll(l.dir)
 }
 
 // tailBuffer keeps the last bytes that were written to it.
