@@ -10,12 +10,9 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
-)
 
-// userAnnotation carries a user that an image names ("www-data:www-data") and
-// that only the container's own /etc/passwd can translate. The tools that make
-// configurations set it.
-const userAnnotation = "dev.tatami.image.user"
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+)
 
 // Prepare completes the runtime configuration of a container whose root file
 // system is mounted at root: the root path, the ids of a user that is given by
@@ -42,7 +39,7 @@ func Prepare(config []byte, root string) ([]byte, error) {
 	if spec.Process.OOMScoreAdj == nil {
 		spec.Process.OOMScoreAdj = new(int) // else the daemon's own, far behind everything
 	}
-	if name := spec.Annotations[userAnnotation]; name != "" {
+	if name := spec.Annotations[api.UserAnnotation]; name != "" {
 		user, err := lookUpUser(root, name)
 		if err != nil {
 			return nil, err

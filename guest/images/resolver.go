@@ -23,8 +23,8 @@ import (
 // Trust is what an index must at least be bound by.
 type Trust string
 
-// Degrees of trust, the least strict first. Signed is not implemented here:
-// an image that asks for it is refused.
+// Degrees of trust, the least strict first. This guest checks no signatures: an
+// image that asks for TrustSigned is refused.
 const (
 	TrustHost   Trust = "host"
 	TrustImage  Trust = "image"

@@ -11,12 +11,9 @@ import (
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
-)
 
-// UserAnnotation carries a user that the image names ("www-data:www-data").
-// Whoever makes the bundle looks it up in the container's /etc/passwd and
-// /etc/group, which are not on the machine where the configuration is made.
-const UserAnnotation = "dev.tatami.image.user"
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+)
 
 // specVersion is the oldest version of the specification that has all that Spec
 // uses; crun 1.8 refuses versions that it does not know.
@@ -92,7 +89,7 @@ func setUser(s *specs.Spec, user string) {
 		s.Process.User = specs.User{UID: uint32(uid), GID: uint32(gid)}
 		return
 	}
-	s.Annotations = map[string]string{UserAnnotation: user}
+	s.Annotations = map[string]string{api.UserAnnotation: user}
 }
 
 func mounts() []specs.Mount {

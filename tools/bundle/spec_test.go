@@ -7,6 +7,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 )
 
 func TestSpecCommand(t *testing.T) {
@@ -52,8 +54,8 @@ func TestSpecUserEnvAndDir(t *testing.T) {
 			t.Fatal(err)
 		}
 		u := s.Process.User
-		if u.UID != c.uid || u.GID != c.gid || s.Annotations[UserAnnotation] != c.annotated {
-			t.Errorf("user %q: %d:%d, annotation %q", c.user, u.UID, u.GID, s.Annotations[UserAnnotation])
+		if u.UID != c.uid || u.GID != c.gid || s.Annotations[api.UserAnnotation] != c.annotated {
+			t.Errorf("user %q: %d:%d, annotation %q", c.user, u.UID, u.GID, s.Annotations[api.UserAnnotation])
 		}
 		if s.Process.Cwd != "/srv" || !slices.Equal(s.Process.Env, []string{defaultPath, "A=b"}) {
 			t.Errorf("cwd %q, env %q", s.Process.Cwd, s.Process.Env)
