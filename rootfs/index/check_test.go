@@ -66,10 +66,10 @@ func TestLayerRefuses(t *testing.T) {
 		{"format", func(l *Layer) { l.Access.Format = 0 }},
 		{"checkpoints of a tar", func(l *Layer) { l.Access.Format = Tar }},
 		{"pieces of a gzip", func(l *Layer) { l.Access.Pieces = make([]Piece, 3) }},
-		{"extents of members", func(l *Layer) { l.Access.Format, l.Access.Checkpoints = Members, nil }},
-		{"too few pieces", func(l *Layer) { l.Access = Access{Format: Members} }},
+		{"extents of pieces", func(l *Layer) { l.Access.Format, l.Access.Checkpoints = Chunked, nil }},
+		{"too few pieces", func(l *Layer) { l.Access = Access{Format: Chunked} }},
 		{"piece out of the blob", func(l *Layer) {
-			l.Access = Access{Format: Members, Pieces: []Piece{{Len: 1}, {Len: 1}, {Off: 1000, Len: 1}}}
+			l.Access = Access{Format: Chunked, Pieces: []Piece{{Len: 1}, {Len: 1}, {Off: 1000, Len: 1}}}
 		}},
 		{"extent order", func(l *Layer) { l.Access.Extents[1].Seg = 4096 }},
 		{"extent out of the segment", func(l *Layer) { l.Access.Extents[2].Len = l.Table.Size }},
@@ -79,6 +79,23 @@ func TestLayerRefuses(t *testing.T) {
 		{"checkpoint out of the blob", func(l *Layer) { l.Access.Checkpoints[2].Bit = 8001 }},
 		{"checkpoints backwards", func(l *Layer) { l.Access.Checkpoints[2].Out = 3 }},
 		{"window too long", func(l *Layer) { l.Access.Checkpoints[2].Window = make([]byte, MaxWindow+1) }},
+		{"gzip with spans", func(l *Layer) { l.Access.Spans = []Span{{Len: 1}} }},
+		{"sums without spans", func(l *Layer) { l.Table.Algorithm = Vouched }},
+		{"span out of the blob", func(l *Layer) { vouched(l, Span{Off: 999, Len: 2}) }},
+		{"spans backwards", func(l *Layer) { vouched(l, Span{Off: 5, Len: 5}, Span{Off: 5, Len: 6}) }},
+		{"span in a span", func(l *Layer) { vouched(l, Span{Off: 0, Len: 10}, Span{Off: 1, Len: 9}) }},
+		{"frame with a window", func(l *Layer) { l.Access.Format = Zstd }},
+		{"prefetch behind the end", func(l *Layer) { l.Prefetch = []Range{{l.Table.Size, 1}} }},
+		{"prefetch of nothing", func(l *Layer) { l.Prefetch = []Range{{0, 0}} }},
+		{"unknown codec", func(l *Layer) { chunked(l).Pieces[1].Codec = Deflate + 1 }},
+		{"unknown blob", func(l *Layer) { chunked(l).Pieces[1].Blob = 2 }},
+		{"piece out of another blob", func(l *Layer) { chunked(l).Pieces[1] = Piece{Blob: 1, Off: 4999, Len: 2} }},
+		{"checkpoint elsewhere", func(l *Layer) { chunked(l).Pieces[2].Off++ }},
+		{"checkpoint unknown", func(l *Layer) { chunked(l).Pieces[2].Point = 9 }},
+		{"checkpoint for a frame", func(l *Layer) { chunked(l).Pieces[1].Point = 1 }},
+		{"blob of no digest", func(l *Layer) { chunked(l).Blobs[0].Digest = "x" }},
+		{"blob of a negative size", func(l *Layer) { chunked(l).Blobs[0].Size = -1 }},
+		{"skeleton of pieces", func(l *Layer) { chunked(l); l.Skeleton = []byte("x") }},
 		{"window before the start", func(l *Layer) { l.Access.Checkpoints[0].Window = []byte("x") }},
 	}
 	for _, tt := range tests {
@@ -113,13 +130,16 @@ func TestDecodeLayerChecks(t *testing.T) {
 	for name, f := range spoil {
 		l := sampleLayer()
 		f(l)
-		b := appendHeader(nil, magicLayer)
+		b := appendHeader(nil, magicLayer, layerVersion, 0)
 		b = p.section(b, appendLayerMeta(nil, l))
 		b = p.section(b, EncodeTable(&l.Table))
 		b = p.section(b, appendEntries(nil, l.Entries))
 		b = p.section(b, appendExtents(nil, l.Access.Extents))
 		b = p.section(b, appendCheckpoints(nil, l.Access.Checkpoints))
 		b = p.section(b, appendPieces(nil, nil))
+		b = p.section(b, appendSpans(nil, nil))
+		b = p.section(b, appendRanges(nil, nil))
+		b = p.section(b, nil)
 		if _, err := DecodeLayer(b); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%s: %v", name, err)
 		}

@@ -3,6 +3,7 @@ package index
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/hex"
 	"math/rand/v2"
 	"reflect"
 	"strings"
@@ -90,16 +91,45 @@ func normal(l *Layer) *Layer {
 	return l
 }
 
-func TestLayerMembers(t *testing.T) {
-	l := sampleLayer()
-	l.DiffID = ""
-	l.Access = Access{Format: Members, Pieces: []Piece{{Off: 500, Len: 20}, {Off: 0, Len: 500, Inner: 7}, {Off: 520, Len: 480}}}
-	got, err := DecodeLayer(encodeLayer(t, l))
-	if err != nil {
-		t.Fatal(err)
+// Every format comes back as it was.
+func TestLayerFormats(t *testing.T) {
+	for name, change := range map[string]func(*Layer){
+		"pieces": func(l *Layer) { l.DiffID, l.Table.Algorithm = "", BLAKE3; chunked(l) },
+		"spans":  func(l *Layer) { vouched(l, Span{0, 501, Sum{1}}, Span{500, 500, Sum{2}}) },
+		"frames": func(l *Layer) { l.Access.Format, l.Access.Checkpoints = Zstd, []Checkpoint{{}, {Bit: 800, Out: 5}} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := sampleLayer()
+			change(l)
+			got, err := DecodeLayer(encodeLayer(t, l))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(normal(got), normal(l)) {
+				t.Errorf("decoded\n%+v, want\n%+v", got, l)
+			}
+		})
 	}
-	if !reflect.DeepEqual(got, l) {
-		t.Errorf("decoded\n%+v, want\n%+v", got, l)
+}
+
+// The algorithm is part of what a segment is named by.
+func TestTableAlgorithm(t *testing.T) {
+	seen := map[ID]bool{}
+	for a := SHA256; a <= Vouched; a++ {
+		table := sampleTable()
+		table.Algorithm = a
+		back, err := DecodeTable(EncodeTable(&table))
+		if err != nil || back.Algorithm != a {
+			t.Errorf("algorithm %d came back as %+v, %v", a, back, err)
+		}
+		seen[table.ID()] = true
+	}
+	if len(seen) != 3 {
+		t.Error("tables with different algorithms have the same ID")
+	}
+	sum := BLAKE3.Sum([]byte("abc"))
+	if got := hex.EncodeToString(sum[:]); got != "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85" {
+		t.Errorf("BLAKE3 of abc is %s", got)
 	}
 }
 
@@ -111,6 +141,7 @@ func TestTableRefuses(t *testing.T) {
 		{"size not whole blocks", Table{Size: 1}},
 		{"negative size", Table{Size: -BlockSize}},
 		{"size over the limit", Table{Size: MaxSegment + BlockSize}},
+		{"unknown algorithm", Table{Algorithm: Vouched + 1}},
 		{"empty chunk", Table{Size: BlockSize, Chunks: []Chunk{{}}}},
 		{"chunk too long", Table{Size: 64 << 20, Chunks: []Chunk{{Len: MaxChunk + 1}}}},
 		{"chunk behind the end", Table{Size: BlockSize, Chunks: []Chunk{{Off: 1, Len: BlockSize}}}},

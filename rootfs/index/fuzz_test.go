@@ -66,11 +66,15 @@ func FuzzReadEntries(f *testing.F) {
 func FuzzReadAccess(f *testing.F) {
 	a := sampleLayer().Access
 	a.Checkpoints = a.Checkpoints[2:] // a short window: the fuzzer is slow on long input
-	f.Add(appendExtents(nil, a.Extents), appendCheckpoints(nil, a.Checkpoints), appendPieces(nil, []Piece{{5, 6, 7}, {1, 2, 3}}))
-	f.Fuzz(func(t *testing.T, extents, points, pieces []byte) {
+	pieces := chunked(sampleLayer()).Pieces
+	f.Add(appendExtents(nil, a.Extents), appendCheckpoints(nil, a.Checkpoints), appendPieces(nil, pieces), appendSpans(nil, []Span{{0, 9, Sum{1}}, {8, 2, Sum{2}}}))
+	f.Fuzz(func(t *testing.T, extents, points, pieces, spans []byte) {
 		var a, b Access
-		if a.readExtents(extents) != nil || a.readCheckpoints(points) != nil || a.readPieces(pieces) != nil {
+		if a.readExtents(extents) != nil || a.readCheckpoints(points) != nil || a.readPieces(pieces) != nil || a.readSpans(spans) != nil {
 			return
+		}
+		if err := b.readSpans(appendSpans(nil, a.Spans)); err != nil {
+			t.Error(err)
 		}
 		if err := b.readExtents(appendExtents(nil, a.Extents)); err != nil {
 			t.Error(err)

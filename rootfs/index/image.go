@@ -16,6 +16,9 @@ type Segment struct {
 	Layer digest.Digest // blob of the (first) layer that it belongs to
 	Off   int64         // in the image, bytes, a multiple of BlockSize
 	Table *Table
+	// Prefetch lists what a start is likely to read, in ranges of the segment,
+	// the first first. A hint of the publisher.
+	Prefetch []Range
 }
 
 // End is the offset behind the segment in the image.

@@ -25,7 +25,7 @@ func EncodeImage(i *Image) ([]byte, error) {
 	if err := i.checkLayout(); err != nil {
 		return nil, fmt.Errorf("encode index of %s: %w", i.Manifest, err)
 	}
-	b := appendHeader(nil, magicImage)
+	b := appendHeader(nil, magicImage, imageVersion, 0)
 	b = p.section(b, appendImageMeta(nil, i))
 	b = p.section(b, i.Bootstrap)
 	for n := range i.Segments {
@@ -35,6 +35,7 @@ func EncodeImage(i *Image) ([]byte, error) {
 			return nil, fmt.Errorf("encode index of %s: %w", i.Manifest, err)
 		}
 		b = p.section(b, table)
+		b = p.section(b, appendRanges(nil, s.Prefetch))
 	}
 	return b, nil
 }
@@ -49,7 +50,7 @@ func DecodeImage(b []byte) (*Image, error) {
 	}
 	defer u.close()
 	r := reader{b: b}
-	r.header(magicImage)
+	r.header(magicImage, imageVersion, 0)
 	i := new(Image)
 	r.part(u, "metadata", maxMeta, i.readMeta)
 	r.part(u, "bootstrap", MaxBootstrap, func(p []byte) error {
@@ -57,7 +58,12 @@ func DecodeImage(b []byte) (*Image, error) {
 		return nil
 	})
 	for n := range i.Segments {
-		r.part(u, fmt.Sprintf("table %d", n), maxTable, i.Segments[n].readTable)
+		s := &i.Segments[n]
+		r.part(u, fmt.Sprintf("table %d", n), maxTable, s.readTable)
+		r.part(u, fmt.Sprintf("prefetch %d", n), maxMeta, func(p []byte) (err error) {
+			s.Prefetch, err = readRanges(p)
+			return err
+		})
 	}
 	if err := r.end(); err != nil {
 		return nil, invalid("decode index: %w", err)
@@ -141,6 +147,9 @@ func (i *Image) checkLayout() error {
 	for k := range i.Segments {
 		s := &i.Segments[k]
 		if err := s.checkPlace(end); err != nil {
+			return fmt.Errorf("segment %d: %w", k, err)
+		}
+		if err := checkRanges(s.Prefetch, s.Table.Size); err != nil {
 			return fmt.Errorf("segment %d: %w", k, err)
 		}
 		if seen[s.ID] {

@@ -34,13 +34,16 @@ func EncodeLayer(l *Layer) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode layer %s: %w", l.Blob, err)
 	}
-	b := appendHeader(nil, magicLayer)
+	b := appendHeader(nil, magicLayer, layerVersion, 0)
 	b = p.section(b, appendLayerMeta(nil, l))
 	b = p.section(b, EncodeTable(&l.Table))
 	b = p.section(b, appendEntries(nil, l.Entries))
 	b = p.section(b, appendExtents(nil, l.Access.Extents))
 	b = p.section(b, appendCheckpoints(nil, l.Access.Checkpoints))
 	b = p.section(b, appendPieces(nil, l.Access.Pieces))
+	b = p.section(b, appendSpans(nil, l.Access.Spans))
+	b = p.section(b, appendRanges(nil, l.Prefetch))
+	b = p.section(b, l.Skeleton)
 	return b, nil
 }
 
@@ -53,7 +56,7 @@ func DecodeLayer(b []byte) (*Layer, error) {
 	}
 	defer u.close()
 	r := reader{b: b}
-	r.header(magicLayer)
+	r.header(magicLayer, layerVersion, 0)
 	l := new(Layer)
 	r.part(u, "metadata", maxMeta, l.readMeta)
 	r.part(u, "table", maxTable, func(p []byte) error {
@@ -70,11 +73,22 @@ func DecodeLayer(b []byte) (*Layer, error) {
 	r.part(u, "extents", maxAccess, l.Access.readExtents)
 	r.part(u, "checkpoints", maxAccess, l.Access.readCheckpoints)
 	r.part(u, "pieces", maxAccess, l.Access.readPieces)
+	r.part(u, "spans", maxAccess, l.Access.readSpans)
+	r.part(u, "prefetch", maxMeta, func(p []byte) (err error) {
+		l.Prefetch, err = readRanges(p)
+		return err
+	})
+	r.part(u, "skeleton", maxAccess, func(p []byte) error {
+		if len(p) > 0 {
+			l.Skeleton = p
+		}
+		return nil
+	})
 	if err := r.end(); err != nil {
 		return nil, invalid("decode layer: %w", err)
 	}
 	// The entries have been checked while they were read.
-	if err := errors.Join(l.checkIdentity(), l.checkAccess()); err != nil {
+	if err := errors.Join(l.checkIdentity(), l.checkAccess(), checkRanges(l.Prefetch, l.Table.Size)); err != nil {
 		return nil, invalid("decode layer: %w", err)
 	}
 	return l, nil
@@ -98,7 +112,13 @@ func appendLayerMeta(b []byte, l *Layer) []byte {
 	b = append(b, byte(l.Access.Format))
 	b = appendString(b, l.Blob)
 	b = binary.AppendUvarint(b, uint64(l.BlobSize))
-	return appendString(b, l.DiffID)
+	b = appendString(b, l.DiffID)
+	b = binary.AppendUvarint(b, uint64(len(l.Access.Blobs)))
+	for _, x := range l.Access.Blobs {
+		b = appendString(b, x.Digest)
+		b = binary.AppendUvarint(b, uint64(x.Size))
+	}
+	return b
 }
 
 func (l *Layer) readMeta(p []byte) error {
@@ -107,6 +127,13 @@ func (l *Layer) readMeta(p []byte) error {
 	l.Blob = digest.Digest(r.str())
 	l.BlobSize = r.limited("blob size", maxBlob)
 	l.DiffID = digest.Digest(r.str())
+	if n := r.limited("number of blobs", maxBlobs); n > 0 {
+		l.Access.Blobs = make([]BlobRef, n)
+	}
+	for i := range l.Access.Blobs {
+		d := digest.Digest(r.str())
+		l.Access.Blobs[i] = BlobRef{d, r.limited("blob size", maxBlob)}
+	}
 	return r.end()
 }
 
@@ -151,8 +178,8 @@ func appendCheckpoints(b []byte, points []Checkpoint) []byte {
 	b = binary.AppendUvarint(b, uint64(len(points)))
 	var last Checkpoint
 	for _, c := range points {
-		b = binary.AppendUvarint(b, uint64(c.Bit-last.Bit))
-		b = binary.AppendUvarint(b, uint64(c.Out-last.Out))
+		b = binary.AppendVarint(b, c.Bit-last.Bit)
+		b = binary.AppendVarint(b, c.Out-last.Out)
 		b = binary.AppendUvarint(b, uint64(len(c.Window)))
 		last = c
 	}
@@ -171,8 +198,8 @@ func (a *Access) readCheckpoints(p []byte) error {
 	windows := make([]uint16, len(a.Checkpoints))
 	var bit, out int64
 	for i := range a.Checkpoints {
-		bit += r.limited("position", maxBlob*8-bit)
-		out += r.limited("plain position", maxStream-out)
+		bit = r.moved("position", bit, maxBlob*8)
+		out = r.moved("plain position", out, maxStream)
 		windows[i] = uint16(r.limited("window", MaxWindow))
 		a.Checkpoints[i] = Checkpoint{Bit: bit, Out: out}
 	}
@@ -186,9 +213,14 @@ func appendPieces(b []byte, pieces []Piece) []byte {
 	b = binary.AppendUvarint(b, uint64(len(pieces)))
 	last := int64(0)
 	for _, p := range pieces {
+		b = append(b, byte(p.Codec))
+		b = binary.AppendUvarint(b, uint64(p.Blob))
 		b = binary.AppendVarint(b, p.Off-last)
 		b = binary.AppendUvarint(b, uint64(p.Len))
 		b = binary.AppendUvarint(b, uint64(p.Inner))
+		if p.Codec == Deflate {
+			b = binary.AppendUvarint(b, uint64(p.Point))
+		}
 		last = p.Off
 	}
 	return b
@@ -196,19 +228,75 @@ func appendPieces(b []byte, pieces []Piece) []byte {
 
 func (a *Access) readPieces(p []byte) error {
 	r := reader{b: p}
-	n := r.limited("number of pieces", int64(len(p)/3))
+	n := r.limited("number of pieces", int64(len(p)/5))
 	if n > 0 {
 		a.Pieces = make([]Piece, n)
 	}
 	last := int64(0)
 	for i := range a.Pieces {
-		off := last + r.varint()
-		if off < 0 || off > maxBlob {
-			r.fail(fmt.Errorf("piece %d out of range", i))
-			break
+		x := Piece{Codec: Codec(r.u8()), Blob: uint16(r.limited("blob", maxBlobs))}
+		x.Off = r.moved("offset", last, maxBlob)
+		x.Len, x.Inner = r.limited("length", maxBlob), r.limited("inner offset", maxStream)
+		if x.Codec == Deflate {
+			x.Point = uint32(r.limited("checkpoint", maxPoint))
 		}
-		a.Pieces[i] = Piece{Off: off, Len: r.limited("length", maxBlob), Inner: r.limited("inner offset", maxStream)}
-		last = off
+		a.Pieces[i], last = x, x.Off
 	}
 	return r.end()
+}
+
+// appendSpans writes each span's distance from the start of the one before.
+func appendSpans(b []byte, spans []Span) []byte {
+	b = binary.AppendUvarint(b, uint64(len(spans)))
+	last := int64(0)
+	for _, s := range spans {
+		b = binary.AppendUvarint(b, uint64(s.Off-last))
+		b = binary.AppendUvarint(b, uint64(s.Len))
+		b = append(b, s.Sum[:]...)
+		last = s.Off
+	}
+	return b
+}
+
+func (a *Access) readSpans(p []byte) error {
+	r := reader{b: p}
+	n := r.limited("number of spans", int64(len(p)/minChunk))
+	if n > 0 {
+		a.Spans = make([]Span, n)
+	}
+	last := int64(0)
+	for i := range a.Spans {
+		s := &a.Spans[i]
+		s.Off = last + r.limited("offset", maxBlob-last)
+		s.Len = r.limited("length", maxBlob)
+		copy(s.Sum[:], r.take(uint64(len(Sum{}))))
+		last = s.Off
+	}
+	return r.end()
+}
+
+func appendRanges(b []byte, ranges []Range) []byte {
+	b = binary.AppendUvarint(b, uint64(len(ranges)))
+	end := int64(0)
+	for _, x := range ranges {
+		b = binary.AppendVarint(b, x.Off-end)
+		b = binary.AppendUvarint(b, uint64(x.Len))
+		end = x.Off + x.Len
+	}
+	return b
+}
+
+func readRanges(p []byte) ([]Range, error) {
+	r := reader{b: p}
+	var ranges []Range
+	if n := r.limited("number of ranges", int64(len(p)/2)); n > 0 {
+		ranges = make([]Range, n)
+	}
+	end := int64(0)
+	for i := range ranges {
+		off := r.moved("offset", end, MaxSegment)
+		ranges[i] = Range{off, r.limited("length", MaxSegment-off)}
+		end = off + ranges[i].Len
+	}
+	return ranges, r.end()
 }

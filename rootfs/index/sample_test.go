@@ -72,7 +72,33 @@ func sampleLayer() *Layer {
 				{Bit: 7999, Out: 50000, Window: []byte("short")},
 			},
 		},
+		Prefetch: []Range{{8192, 100}, {0, 4097}},
+		Skeleton: []byte("headers of a tar"),
 	}
+}
+
+// chunked makes l a layer of pieces, one of each kind.
+func chunked(l *Layer) *Access {
+	l.Skeleton = nil
+	l.Access = Access{
+		Format: Chunked,
+		Blobs:  []BlobRef{{digest.FromString("other"), 5000}},
+		Checkpoints: []Checkpoint{
+			{Bit: 8003, Out: 70000, Window: []byte("window")},
+			{Bit: 17, Out: 1},
+		},
+		Pieces: []Piece{
+			{Off: 500, Len: 20, Codec: GzipMember},
+			{Off: 0, Len: 500, Inner: 7, Codec: ZstdFrame},
+			{Off: 1000, Len: 480, Inner: 3, Blob: 1, Codec: Deflate},
+		},
+	}
+	return &l.Access
+}
+
+// vouched makes l a layer that is checked by spans of its blob.
+func vouched(l *Layer, spans ...Span) {
+	l.Table.Algorithm, l.Access.Spans = Vouched, spans
 }
 
 func sampleImage() *Image {
@@ -83,5 +109,6 @@ func sampleImage() *Image {
 		i.Segments = append(i.Segments, Segment{ID: t.ID(), Layer: digest.FromString("layer"), Off: off, Table: t})
 		off += t.Size
 	}
+	i.Segments[1].Prefetch = []Range{{4000, 96}, {0, 1}}
 	return i
 }

@@ -1,9 +1,11 @@
 package index
 
 import (
+	"crypto/sha256"
 	"sort"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/zeebo/blake3"
 )
 
 // UnitSize is how a segment without file chunks of its own is cut: the unit of
@@ -14,14 +16,41 @@ const UnitSize = 64 << 10
 // verifying one takes.
 const MaxChunk = 16 << 20
 
-// Sum is a SHA-256 digest.
+// Algorithm says what the sums of a table are.
+type Algorithm uint8
+
+// Algorithms.
+const (
+	// SHA256 and BLAKE3 sums are digests of a chunk's plain bytes.
+	SHA256 Algorithm = iota
+	BLAKE3           // with 32 bytes of output
+	// Vouched sums are names: whoever has two chunks of one name has the same
+	// bytes, but the bytes alone do not tell. They come from an index that has
+	// digests of compressed spans only (SOCI). Such a chunk is as good as its
+	// source, which has checked the spans.
+	Vouched
+)
+
+// Sum is the digest of a chunk's plain bytes, or its name (see Algorithm).
 type Sum [32]byte
+
+// Sum computes the digest of plain bytes. There is none for Vouched, for which
+// it returns zero.
+func (a Algorithm) Sum(b []byte) Sum {
+	switch a {
+	case SHA256:
+		return sha256.Sum256(b)
+	case BLAKE3:
+		return blake3.Sum256(b)
+	}
+	return Sum{}
+}
 
 // Chunk is a range of a segment that is fetched and verified as a whole.
 type Chunk struct {
 	Off int64 // plain bytes, in the segment
 	Len int64 // plain bytes, 1 to MaxChunk
-	Sum Sum   // of the plain bytes
+	Sum Sum
 }
 
 // End is the offset behind the chunk.
@@ -30,8 +59,9 @@ func (c Chunk) End() int64 { return c.Off + c.Len }
 // Table lists the chunks of one segment by rising offset, without overlap.
 // What no chunk covers (padding between files, holes) is zero bytes.
 type Table struct {
-	Size   int64 // of the segment in bytes, a multiple of BlockSize
-	Chunks []Chunk
+	Size      int64 // of the segment in bytes, a multiple of BlockSize
+	Algorithm Algorithm
+	Chunks    []Chunk
 }
 
 // Find returns the number of the first chunk that ends behind off; it is

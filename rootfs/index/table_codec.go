@@ -23,7 +23,7 @@ const (
 // one that Validate accepts.
 func EncodeTable(t *Table) []byte {
 	b := make([]byte, 0, tableFixed+len(t.Chunks)*(minChunk+2))
-	b = appendHeader(b, magicTable)
+	b = appendHeader(b, magicTable, tableVersion, uint16(t.Algorithm))
 	b = binary.LittleEndian.AppendUint64(b, uint64(t.Size))
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(t.Chunks)))
 	for i := range t.Chunks {
@@ -42,7 +42,7 @@ func EncodeTable(t *Table) []byte {
 // other encoding, so that EncodeTable gives the same bytes again.
 func DecodeTable(b []byte) (*Table, error) {
 	r := reader{b: b}
-	r.header(magicTable)
+	algorithm := r.header(magicTable, tableVersion, uint16(Vouched))
 	size, n := r.u64(), r.u32()
 	if r.err == nil && (n > MaxChunks || int64(n)*int64(minChunk) > int64(r.left())) {
 		r.fail(fmt.Errorf("%d chunks do not fit into %d bytes", n, len(b)))
@@ -53,7 +53,7 @@ func DecodeTable(b []byte) (*Table, error) {
 	if r.err != nil {
 		return nil, invalid("decode table: %w", r.err)
 	}
-	t := &Table{Size: int64(size), Chunks: make([]Chunk, n)}
+	t := &Table{Size: int64(size), Algorithm: Algorithm(algorithm), Chunks: make([]Chunk, n)}
 	for i := range t.Chunks {
 		copy(t.Chunks[i].Sum[:], r.take(uint64(len(Sum{}))))
 	}
@@ -78,6 +78,9 @@ func (t *Table) ID() ID { return digest.FromBytes(EncodeTable(t)) }
 func (t *Table) Validate() error {
 	if t.Size < 0 || t.Size > MaxSegment || t.Size%BlockSize != 0 {
 		return invalid("segment size %d is not whole blocks up to %d", t.Size, int64(MaxSegment))
+	}
+	if t.Algorithm > Vouched {
+		return invalid("unknown algorithm %d", t.Algorithm)
 	}
 	if len(t.Chunks) > MaxChunks {
 		return invalid("%d chunks are over %d", len(t.Chunks), MaxChunks)

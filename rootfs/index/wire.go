@@ -11,11 +11,13 @@ import (
 // Every file of this package starts with eight bytes that say what it is, then
 // version and flags, 16 bits each. Readers refuse what they do not know.
 const (
-	magicTable = "TtmTable"
-	magicLayer = "TtmLayer"
-	magicImage = "TtmImage"
-	version    = 1
-	headerSize = 12
+	magicTable   = "TtmTable"
+	magicLayer   = "TtmLayer"
+	magicImage   = "TtmImage"
+	tableVersion = 1
+	layerVersion = 2
+	imageVersion = 2
+	headerSize   = 12
 )
 
 // errShort means that a field reaches behind the end of what holds it.
@@ -26,10 +28,10 @@ func invalid(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, errdefs.ErrInvalidArgument)...)
 }
 
-func appendHeader(b []byte, magic string) []byte {
+func appendHeader(b []byte, magic string, version, flags uint16) []byte {
 	b = append(b, magic...)
 	b = binary.LittleEndian.AppendUint16(b, version)
-	return binary.LittleEndian.AppendUint16(b, 0) // flags: none defined
+	return binary.LittleEndian.AppendUint16(b, flags)
 }
 
 // appendString writes a length and that many bytes.
@@ -133,6 +135,17 @@ func (r *reader) limited(what string, limit int64) int64 {
 	return int64(v)
 }
 
+// moved reads a distance and returns the position that far from, which lies in
+// [0, limit]; what names it in errors.
+func (r *reader) moved(what string, from, limit int64) int64 {
+	d := r.varint()
+	if d < -from || d > limit-from {
+		r.fail(fmt.Errorf("%s %d%+d is not in [0, %d]", what, from, d, limit))
+		return 0
+	}
+	return from + d
+}
+
 // str reads a length and that many bytes as a string.
 func (r *reader) str() string {
 	p := r.take(r.uvarint())
@@ -142,17 +155,20 @@ func (r *reader) str() string {
 	return string(p)
 }
 
-// header checks magic, version and flags.
-func (r *reader) header(magic string) {
+// header checks magic and version, and returns the flags, which may be at most
+// limit.
+func (r *reader) header(magic string, version, limit uint16) uint16 {
 	if got := r.take(8); r.err == nil && string(got) != magic {
 		r.fail(fmt.Errorf("magic %q is not %q", got, magic))
 	}
 	if v := r.u16(); r.err == nil && v != version {
 		r.fail(fmt.Errorf("version %d is not known, only %d", v, version))
 	}
-	if f := r.u16(); r.err == nil && f != 0 {
-		r.fail(fmt.Errorf("unknown flags %#x", f))
+	flags := r.u16()
+	if r.err == nil && flags > limit {
+		r.fail(fmt.Errorf("unknown flags %#x", flags))
 	}
+	return flags
 }
 
 // end checks that nothing is left over and gives the first error.

@@ -41,7 +41,7 @@ func (r *Reader) Open(ctx context.Context, off, n int64) (io.ReadCloser, error) 
 	switch r.layer.Access.Format {
 	case index.Tar, index.Gzip:
 		s.runs = newExtentRuns(ctx, r, off, off+n)
-	case index.Members:
+	case index.Chunked:
 		if len(r.layer.Access.Pieces) != len(r.layer.Table.Chunks) {
 			return nil, r.invalid("pieces and chunks differ in number")
 		}

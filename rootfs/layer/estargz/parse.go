@@ -16,7 +16,7 @@ import (
 func parse(toc []byte, desc layer.Descriptor, end int64) (*index.Layer, error) {
 	p := parser{end: end, links: map[string]string{}}
 	p.layer.Blob, p.layer.BlobSize = desc.Digest, desc.Size
-	p.layer.Access.Format = index.Members
+	p.layer.Access.Format = index.Chunked
 	err := eachEntry(toc, func(e *tocEntry) error {
 		if err := p.add(e); err != nil {
 			return fmt.Errorf("entry %.255q: %w", e.Name, err)
@@ -236,7 +236,7 @@ func (p *parser) chunk(e *tocEntry) error {
 		return err
 	}
 	p.layer.Table.Chunks = append(p.layer.Table.Chunks, index.Chunk{Off: start, Len: n, Sum: sum})
-	p.layer.Access.Pieces = append(p.layer.Access.Pieces, index.Piece{Off: e.Offset, Inner: e.InnerOffset})
+	p.layer.Access.Pieces = append(p.layer.Access.Pieces, index.Piece{Off: e.Offset, Inner: e.InnerOffset, Codec: index.GzipMember})
 	return nil
 }
 
