@@ -5,6 +5,14 @@
 // It never trusts a source, never answers with zeros for bytes that it does not
 // have, and never lets one reader's cancellation hurt another.
 //
+// One kind of table has no digests of plain bytes (index.Vouched). Of such a
+// segment the store takes bytes only from a source that is a [Voucher] and
+// vouches for this segment: it has checked the compressed bytes before it
+// inflated them. To all others it is as if they did not have the segment. A
+// Voucher must run in this process and speak only for what it checked itself; a
+// client of another machine must not pass that machine's word on unless the
+// configuration says that it is trusted.
+//
 // # Chunk states
 //
 //	state     where it is seen              left by                  to
