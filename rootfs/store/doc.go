@@ -74,6 +74,7 @@
 //	segments/<hex>.data    sparse plain bytes
 //	segments/<hex>.bits    which chunks of .data are there
 //	segments/<hex>.home    the bytes live in an image's .erofs instead
+//	segments/<hex>.poison  why the segment must not be read (Poison)
 //
 // # Locks
 //

@@ -233,6 +233,7 @@ func (f *fetch) deliver(b []byte) {
 	}
 	if kept {
 		g.setPresent(i)
+		g.tell()
 	}
 	given := int64(0)
 	for _, w := range g.takeClaim(i).waiters {
@@ -253,6 +254,17 @@ func (f *fetch) deliver(b []byte) {
 	case g.home.Load() == nil:
 		g.bits.set(i)
 	}
+}
+
+// tell reports a segment that a fetch has made complete. Precondition: mu is held
+// and a fetch runs, which Store.Close waits for first.
+func (g *segment) tell() {
+	complete := g.s.cfg.Complete
+	if complete == nil || g.told || g.missing.Load() > 0 {
+		return
+	}
+	g.told = true
+	g.s.wg.Go(func() { complete(g.id) })
 }
 
 // fail gives the waiters of chunk next an error and goes on to the next one.
