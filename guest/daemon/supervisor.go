@@ -16,10 +16,10 @@ import (
 	"github.com/tatami-containers/tatami/guest/config"
 	"github.com/tatami-containers/tatami/guest/runner"
 	"github.com/tatami-containers/tatami/guest/service"
-	"github.com/tatami-containers/tatami/guest/unpack"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/rootfs/mount"
 	"github.com/tatami-containers/tatami/rootfs/mount/session"
+	"github.com/tatami-containers/tatami/rootfs/unpack"
 )
 
 // runnerGrace is how long containers may take to end once they are killed.

@@ -16,13 +16,13 @@ import (
 	"github.com/tatami-containers/tatami/guest/config"
 	"github.com/tatami-containers/tatami/guest/images"
 	"github.com/tatami-containers/tatami/guest/service"
-	"github.com/tatami-containers/tatami/guest/unpack"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
 	"github.com/tatami-containers/tatami/rootfs/mount"
 	"github.com/tatami-containers/tatami/rootfs/mount/session"
 	"github.com/tatami-containers/tatami/rootfs/registry"
 	"github.com/tatami-containers/tatami/rootfs/store"
+	"github.com/tatami-containers/tatami/rootfs/unpack"
 )
 
 // heapRoom is the memory of the worker besides the store's, in bytes. It shares

@@ -79,6 +79,7 @@ type Image struct {
 	Manifest  digest.Digest
 	Config    []byte // OCI JSON
 	Layers    []ocispec.Descriptor
+	DiffIDs   []digest.Digest // of Layers
 
 	// Index is nil when the image cannot be mounted lazily; Reason says why.
 	Index  *index.Image

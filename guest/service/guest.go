@@ -19,12 +19,12 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/tatami-containers/tatami/guest/images"
-	"github.com/tatami-containers/tatami/guest/keyed"
 	"github.com/tatami-containers/tatami/guest/timing"
-	"github.com/tatami-containers/tatami/guest/unpack"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/rootfs/keyed"
 	"github.com/tatami-containers/tatami/rootfs/mount"
 	"github.com/tatami-containers/tatami/rootfs/store"
+	"github.com/tatami-containers/tatami/rootfs/unpack"
 )
 
 // pathUnpacked is what MountResponse.path says of an image that was unpacked.
@@ -183,7 +183,7 @@ func (g *Guest) mountUnpacked(ctx context.Context, req *api.MountRequest, img *i
 	}
 	defer phases.Begin("unpack")()
 	_, err := g.cfg.Unpacked.Mount(ctx, unpack.Spec{
-		ID: req.Id, Reference: img.Reference, Manifest: img.Manifest, Layers: img.Layers, Blobs: img.Blobs(),
+		ID: req.Id, Reference: img.Reference, Manifest: img.Manifest, Layers: img.Layers, DiffIDs: img.DiffIDs, Blobs: img.Blobs(),
 		Target: resolved(req.Target), Upper: req.Upper, ReadOnly: req.ReadOnly,
 	})
 	return pathUnpacked, err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"runtime/debug"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -64,19 +63,8 @@ func parseTarget(ref, platform string) (reference.Named, ocispec.Platform, error
 	if err != nil {
 		return nil, ocispec.Platform{}, err
 	}
-	p := image.DefaultPlatform()
-	if platform == "" {
-		return named, p, nil
-	}
-	part := strings.Split(platform, "/")
-	if len(part) < 2 || len(part) > 3 || part[0] == "" || part[1] == "" {
-		return nil, p, fmt.Errorf("platform %q: give os/architecture or os/architecture/variant, as in linux/arm64: %w", platform, errdefs.ErrInvalidArgument)
-	}
-	p.OS, p.Architecture = part[0], part[1]
-	if len(part) == 3 {
-		p.Variant = part[2]
-	}
-	return named, p, nil
+	p, err := image.ParsePlatform(platform)
+	return named, p, err
 }
 
 // clock measures the phases of a Prepare.

@@ -51,6 +51,23 @@ func TestParseReference(t *testing.T) {
 	}
 }
 
+func TestParsePlatform(t *testing.T) {
+	for in, want := range map[string]ocispec.Platform{
+		"":             image.DefaultPlatform(),
+		"linux/arm64":  {OS: "linux", Architecture: "arm64"},
+		"linux/arm/v7": {OS: "linux", Architecture: "arm", Variant: "v7"},
+		"linux":        {}, "linux/": {}, "/arm64": {}, "linux/arm/": {}, "linux/arm/v7/x": {}, "/": {},
+	} {
+		got, err := image.ParsePlatform(in)
+		if got.OS != want.OS || got.Architecture != want.Architecture || got.Variant != want.Variant || (err == nil) != (want.OS != "") {
+			t.Errorf("%q: %+v, %v", in, got, err)
+		}
+		if err != nil && !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%q: class of %v", in, err)
+		}
+	}
+}
+
 // fixture is a registry with a client and a layer.
 type fixture struct {
 	*registrytest.Server

@@ -3,6 +3,7 @@ package image
 import (
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -13,6 +14,23 @@ import (
 // architecture, without a wish for more than its oldest variant.
 func DefaultPlatform() ocispec.Platform {
 	return ocispec.Platform{OS: "linux", Architecture: runtime.GOARCH}
+}
+
+// ParsePlatform parses "os/architecture" or "os/architecture/variant", as in
+// linux/arm64; "" is DefaultPlatform.
+func ParsePlatform(s string) (ocispec.Platform, error) {
+	if s == "" {
+		return DefaultPlatform(), nil
+	}
+	part := strings.Split(s, "/")
+	if len(part) < 2 || len(part) > 3 || slices.Contains(part, "") {
+		return ocispec.Platform{}, fmt.Errorf("platform %q: give os/architecture or os/architecture/variant, as in linux/arm64: %w", s, errdefs.ErrInvalidArgument)
+	}
+	p := ocispec.Platform{OS: part[0], Architecture: part[1]}
+	if len(part) == 3 {
+		p.Variant = part[2]
+	}
+	return p, nil
 }
 
 // normalize fills in what a platform leaves out and undoes other spellings.

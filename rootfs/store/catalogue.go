@@ -98,7 +98,7 @@ func (s *Store) persist(r *record, img *index.Image) error {
 	}
 	if old, ok := s.records[r.Manifest]; ok {
 		if old.equal(r) {
-			return s.repair(r, img)
+			return errors.Join(s.repair(r, img), s.putHints(&old, r))
 		}
 		if s.images[r.Manifest] != nil {
 			return fmt.Errorf("it is open with another index; close it everywhere first: %w", errdefs.ErrFailedPrecondition)
@@ -113,11 +113,15 @@ func (s *Store) persist(r *record, img *index.Image) error {
 			return err
 		}
 	}
-	data, err := encodeRecord(r)
-	if err != nil {
+	if err := s.dir.put(s.dir.image(r.Manifest, bootFile), img.Bootstrap); err != nil {
 		return err
 	}
-	if err := s.dir.put(s.dir.image(r.Manifest, bootFile), img.Bootstrap); err != nil {
+	return s.putRecord(r)
+}
+
+func (s *Store) putRecord(r *record) error {
+	data, err := encodeRecord(r)
+	if err != nil {
 		return err
 	}
 	if err := s.dir.put(s.dir.image(r.Manifest, recordFile), data); err != nil {
@@ -125,6 +129,15 @@ func (s *Store) persist(r *record, img *index.Image) error {
 	}
 	s.records[r.Manifest] = *r
 	return nil
+}
+
+// putHints writes the record r in the place of old, which differs at most in
+// hints. Handles that are open keep the old ones.
+func (s *Store) putHints(old, r *record) error {
+	if old.sameHints(r) {
+		return nil
+	}
+	return s.putRecord(r)
 }
 
 // repair writes again what is damaged of an image that is not open.
@@ -157,7 +170,7 @@ func (s *Store) loadIndex(r *record) ([]index.Segment, error) {
 		if t.Size != g.Size {
 			return nil, fmt.Errorf("segment %s has %d bytes, its image says %d: %w", g.ID, t.Size, g.Size, errdefs.ErrDataLoss)
 		}
-		out = append(out, index.Segment{ID: g.ID, Layer: g.Layer, Off: off, Table: t})
+		out = append(out, index.Segment{ID: g.ID, Layer: g.Layer, Off: off, Table: t, Prefetch: g.Prefetch})
 		off += g.Size
 	}
 	return out, nil

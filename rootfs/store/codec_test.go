@@ -74,7 +74,10 @@ func sampleRecord() record {
 		Version: recordVersion, Manifest: digest.FromString("m"), Bootstrap: digest.FromString("b"), BootSize: 2 * index.BlockSize,
 		Segments: []recordSegment{
 			{ID: digest.FromString("1"), Layer: digest.FromString("l1"), Size: index.BlockSize},
-			{ID: digest.FromString("2"), Layer: digest.FromString("l2"), Size: 5 * index.BlockSize},
+			{
+				ID: digest.FromString("2"), Layer: digest.FromString("l2"), Size: 5 * index.BlockSize,
+				Prefetch: []index.Range{{Off: 4096, Len: 1}, {Off: 0, Len: 5 * index.BlockSize}},
+			},
 		},
 	}
 }
@@ -86,14 +89,15 @@ func TestRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	got, err := decodeRecord(data)
-	if err != nil || !got.equal(&r) || got.size() != 8*index.BlockSize {
+	if err != nil || !got.equal(&r) || !got.sameHints(&r) || got.size() != 8*index.BlockSize {
 		t.Errorf("%+v, %v", got, err)
 	}
 	if off, ok := got.offset(r.Segments[1].ID); off != 3*index.BlockSize || !ok {
 		t.Errorf("offset %d, %v", off, ok)
 	}
 	harm := map[string]func(r *record){
-		"version":         func(r *record) { r.Version = 2 },
+		"old version":     func(r *record) { r.Version = 1 },
+		"new version":     func(r *record) { r.Version = 3 },
 		"manifest":        func(r *record) { r.Manifest = "sha256:../../etc/passwd" },
 		"bootstrap":       func(r *record) { r.Bootstrap = "" },
 		"boot size":       func(r *record) { r.BootSize = -4096 },
@@ -102,6 +106,10 @@ func TestRecord(t *testing.T) {
 		"segment id":      func(r *record) { r.Segments[0].ID = "x" },
 		"segment layer":   func(r *record) { r.Segments[0].Layer = "x" },
 		"segment twice":   func(r *record) { r.Segments[1] = r.Segments[0] },
+		"hint behind":     func(r *record) { r.Segments[1].Prefetch[0].Off = 5 * index.BlockSize },
+		"hint overflows":  func(r *record) { r.Segments[1].Prefetch[0] = index.Range{Off: 1 << 62, Len: 1 << 62} },
+		"hint before":     func(r *record) { r.Segments[1].Prefetch[0].Off = -1 },
+		"hint of nothing": func(r *record) { r.Segments[1].Prefetch[0].Len = 0 },
 		"segment without": func(r *record) { r.Segments[1].Size = 0 },
 	}
 	for name, f := range harm {
@@ -125,7 +133,7 @@ func FuzzDecodeRecord(f *testing.F) {
 	}
 	f.Add(data)
 	f.Add(data[:100])
-	f.Add([]byte(`{"version":1,"extra":2}`))
+	f.Add([]byte(`{"version":2,"extra":2}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		r, err := decodeRecord(data)
 		if err != nil {

@@ -5,6 +5,14 @@
 // It never trusts a source, never answers with zeros for bytes that it does not
 // have, and never lets one reader's cancellation hurt another.
 //
+// One kind of table has no digests of plain bytes (index.Vouched). Of such a
+// segment the store takes bytes only from a source that is a [Voucher] and
+// vouches for this segment: it has checked the compressed bytes before it
+// inflated them. To all others it is as if they did not have the segment. A
+// Voucher must run in this process and speak only for what it checked itself; a
+// client of another machine must not pass that machine's word on unless the
+// configuration says that it is trusted.
+//
 // # Chunk states
 //
 //	state     where it is seen              left by                  to
@@ -66,6 +74,7 @@
 //	segments/<hex>.data    sparse plain bytes
 //	segments/<hex>.bits    which chunks of .data are there
 //	segments/<hex>.home    the bytes live in an image's .erofs instead
+//	segments/<hex>.poison  why the segment must not be read (Poison)
 //
 // # Locks
 //

@@ -22,6 +22,9 @@ func (h *handle) fill(ctx context.Context) error {
 	eg.SetLimit(h.s.cfg.FillParallel)
 	for i := range h.views {
 		v := &h.views[i]
+		if err := v.seg.usable(); err != nil {
+			return fmt.Errorf("fill %s: %w", h.what, err)
+		}
 		for from, to := 0, 0; from < len(v.seg.table.Chunks) && running.Err() == nil; from = to {
 			to = v.seg.runFrom(from, fillRun)
 			if v.seg.allPresent(from, to) {
@@ -74,6 +77,9 @@ func (g *segment) allPresent(from, to int) bool {
 // those that others are fetching. With kept it fails when they cannot be kept.
 func (v *view) fetch(ctx context.Context, from, to int, limit int64, kept bool) error {
 	g := v.seg
+	if err := g.usable(); err != nil {
+		return err
+	}
 	for tries := 1; ; tries++ {
 		r := &read{done: make(chan struct{}), tries: tries}
 		g.mu.Lock()

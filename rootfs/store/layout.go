@@ -37,6 +37,7 @@ const (
 	dataFile   = ".data"
 	bitsFile   = ".bits"
 	homeFile   = ".home"
+	poisonFile = ".poison"
 )
 
 func (l layout) make() error {

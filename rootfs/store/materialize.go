@@ -76,6 +76,9 @@ func (i *Image) build(ctx context.Context, name string) error {
 // what the disk has lost is not copied as zeros.
 func (g *segment) copyTo(f *os.File, off int64) error {
 	g.flush()
+	if err := g.usable(); err != nil {
+		return err
+	}
 	if n := g.missing.Load(); n > 0 {
 		return fmt.Errorf("segment %s: %d bytes are missing: %w", g.id, n, errdefs.ErrUnavailable)
 	}

@@ -30,9 +30,12 @@ type recordSegment struct {
 	ID    index.ID      `json:"id"`
 	Layer digest.Digest `json:"layer"`
 	Size  int64         `json:"size"` // bytes
+
+	// Prefetch are the hints of index.Segment. They do not change what an image is.
+	Prefetch []index.Range `json:"prefetch,omitempty"`
 }
 
-const recordVersion = 1
+const recordVersion = 2 // 1 had no hints
 
 func newRecord(img *index.Image) record {
 	r := record{
@@ -41,13 +44,22 @@ func newRecord(img *index.Image) record {
 	}
 	for i := range img.Segments {
 		g := &img.Segments[i]
-		r.Segments = append(r.Segments, recordSegment{ID: g.ID, Layer: g.Layer, Size: g.Table.Size})
+		r.Segments = append(r.Segments, recordSegment{ID: g.ID, Layer: g.Layer, Size: g.Table.Size, Prefetch: g.Prefetch})
 	}
 	return r
 }
 
+// equal says whether two records are of the same bytes.
 func (r *record) equal(o *record) bool {
-	return r.Manifest == o.Manifest && r.Bootstrap == o.Bootstrap && slices.Equal(r.Segments, o.Segments)
+	return r.Manifest == o.Manifest && r.Bootstrap == o.Bootstrap &&
+		slices.EqualFunc(r.Segments, o.Segments, func(a, b recordSegment) bool {
+			return a.ID == b.ID && a.Layer == b.Layer && a.Size == b.Size
+		})
+}
+
+// sameHints says whether two equal records have the same hints.
+func (r *record) sameHints(o *record) bool {
+	return slices.EqualFunc(r.Segments, o.Segments, func(a, b recordSegment) bool { return slices.Equal(a.Prefetch, b.Prefetch) })
 }
 
 // size is the image's length in bytes.
@@ -104,9 +116,18 @@ func (r *record) check() error {
 			err = errors.Join(err, fmt.Errorf("segment %.80q of %d bytes", g.ID, g.Size))
 		}
 		seen[g.ID] = true
-		err = errors.Join(err, g.ID.Validate(), g.Layer.Validate())
+		err = errors.Join(err, g.ID.Validate(), g.Layer.Validate(), g.checkHints())
 	}
 	return err
+}
+
+func (g *recordSegment) checkHints() error {
+	for _, r := range g.Prefetch {
+		if r.Off < 0 || r.Len < 1 || r.Off > g.Size-r.Len {
+			return fmt.Errorf("hint of %d bytes at %d in segment %.80q of %d bytes", r.Len, r.Off, g.ID, g.Size)
+		}
+	}
+	return nil
 }
 
 // loadRecords reads the records of all images and removes the remains of images

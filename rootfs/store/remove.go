@@ -83,7 +83,8 @@ func (s *Store) remove(r, next *record) error {
 
 func (s *Store) removeSegment(id index.ID) error {
 	delete(s.ingested, id)
-	return remove(s.dir.segment(id, bitsFile), s.dir.segment(id, homeFile), s.dir.segment(id, dataFile), s.dir.segment(id, tableFile))
+	return remove(s.dir.segment(id, bitsFile), s.dir.segment(id, homeFile), s.dir.segment(id, dataFile),
+		s.dir.segment(id, tableFile), s.dir.segment(id, poisonFile))
 }
 
 // used returns the segments that something other than the given image needs.

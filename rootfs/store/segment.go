@@ -22,16 +22,18 @@ type segment struct {
 	// bits has one bit for each chunk. With a home: it is present there. Without:
 	// it has been handed out completely, see the package comment.
 	bits    bitmap
-	missing atomic.Int64         // bytes of the chunks that are not present
-	home    atomic.Pointer[home] // where present chunks are; nil without Keep
-	dirty   atomic.Bool          // bits were set since the last flush
-	epoch   atomic.Int64         // how often bits were cleared by drop; changes with mu held
-	flushMu sync.Mutex           // one flush, or one change of home, at a time
-	durable bitmap               // chunks whose bytes in home survived a sync; protected by flushMu
+	missing atomic.Int64          // bytes of the chunks that are not present
+	home    atomic.Pointer[home]  // where present chunks are; nil without Keep
+	dirty   atomic.Bool           // bits were set since the last flush
+	poison  atomic.Pointer[error] // why it must not be read, nil in general
+	epoch   atomic.Int64          // how often bits were cleared by drop; changes with mu held
+	flushMu sync.Mutex            // one flush, or one change of home, at a time
+	durable bitmap                // chunks whose bytes in home survived a sync; protected by flushMu
 
 	mu     sync.Mutex
 	claims map[int]*claim // chunks being fetched, protected by mu
 	ahead  readahead      // its marks are atomic, the rest protected by mu
+	told   bool           // Config.Complete was called, protected by mu
 }
 
 // home is the file that has a segment's bytes.

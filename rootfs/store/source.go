@@ -29,6 +29,26 @@ type Source interface {
 	Fetch(ctx context.Context, seg *index.Segment, off, n int64) (io.ReadCloser, error)
 }
 
+// Voucher is a Source that can answer for bytes which the store cannot verify.
+type Voucher interface {
+	// Vouches says whether every byte that Fetch gives of the segment, whose
+	// table's algorithm is index.Vouched, was checked against digests that the
+	// segment's index names. Only then does the store take them.
+	Vouches(seg *index.Segment) bool
+}
+
+// mayGive fails with ErrNotFound when bytes of the segment cannot be taken from
+// this source, which is then as good as one that does not have it.
+func (s *source) mayGive(seg *index.Segment) error {
+	if seg.Table.Algorithm != index.Vouched {
+		return nil
+	}
+	if v, ok := s.Source.(Voucher); ok && v.Vouches(seg) {
+		return nil
+	}
+	return fmt.Errorf("segment %s has no digests of plain bytes, and this source does not vouch for it: %w", seg.ID, errdefs.ErrNotFound)
+}
+
 // source is a Source of one handle and how it has been behaving.
 type source struct {
 	Source

@@ -31,6 +31,12 @@ type Config struct {
 	Patience     time.Duration // how long a demand fetch asks again when no source works, default 0: not at all
 	FillParallel int           // fetches that one Fill has in flight, default 4
 	Log          *slog.Logger  // default: none
+
+	// Complete, when set, is called when the last missing chunk of a segment has
+	// been fetched: at most once for as long as the segment is open, not for what
+	// Ingest brings. It runs in a goroutine of its own, without locks, and may use
+	// the store; Close waits for it.
+	Complete func(id index.ID)
 }
 
 // Store keeps the segments of one node or one guest. Its methods may be called

@@ -80,6 +80,20 @@ func (s *Segment) add(off, end int64) {
 	s.Table.Chunks = append(s.Table.Chunks, index.Chunk{Off: off, Len: end - off, Sum: sha256.Sum256(s.Plain[off:end])})
 }
 
+// Summed is the segment with sums of another algorithm; those of index.Vouched
+// are names made from the bytes.
+func (s Segment) Summed(a index.Algorithm) Segment {
+	t := &index.Table{Size: s.Table.Size, Algorithm: a}
+	for _, c := range s.Table.Chunks {
+		c.Sum = a.Sum(s.Plain[c.Off:c.End()])
+		if a == index.Vouched {
+			c.Sum = sha256.Sum256(append([]byte("name of "), s.Plain[c.Off:c.End()]...))
+		}
+		t.Chunks = append(t.Chunks, c)
+	}
+	return Segment{Table: t, Plain: s.Plain}
+}
+
 // Layer is the blob digest that the segment gets in an image.
 func (s Segment) Layer() digest.Digest { return digest.FromString("layer of " + s.Table.ID().String()) }
 

@@ -2,36 +2,44 @@ package unpack
 
 import (
 	"bufio"
-	"bytes"
+	"encoding/binary"
 	"io"
 	"sync"
 
+	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
-
-	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
 )
+
+// maxWindow bounds the memory of a zstd decoder, in bytes. It is what the zstd
+// program itself accepts without being asked (ZSTD_WINDOWLOG_LIMIT_DEFAULT).
+const maxWindow = 128 << 20
 
 // decompress finds out how a blob is packed. Media types are not asked: they
 // are often wrong, the first bytes never are.
-func decompress(r io.Reader) (io.Reader, error) {
+func decompress(r io.Reader) (io.ReadCloser, error) {
 	br := bufio.NewReaderSize(r, 64<<10)
 	magic, err := br.Peek(4)
 	if err != nil && err != io.EOF {
 		return nil, err
 	}
 	switch {
-	case gzip.IsGzip(magic):
-		var decoders gzip.Pool // one layer, one decoder
-		return decoders.NewReader(br), nil
-	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+	case len(magic) >= 3 && magic[0] == 0x1f && magic[1] == 0x8b && magic[2] == 8: // RFC 1952
+		return gzip.NewReader(br)
+	case len(magic) == 4 && isZstd(binary.LittleEndian.Uint32(magic)):
 		// One goroutine: the layers are what runs in parallel.
-		d, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true))
+		d, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return nil, err
 		}
-		return d, nil
+		return d.IOReadCloser(), nil
 	}
-	return br, nil
+	return io.NopCloser(br), nil
+}
+
+// isZstd knows zstd's frames, also the skippable ones that pzstd begins with
+// (RFC 8878, 3.1.1 and 3.1.2).
+func isZstd(magic uint32) bool {
+	return magic == 0xfd2fb528 || magic&^0xf == 0x184d2a50
 }
 
 const (

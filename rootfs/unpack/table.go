@@ -20,7 +20,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
-	"github.com/tatami-containers/tatami/guest/keyed"
+	"github.com/tatami-containers/tatami/rootfs/keyed"
 )
 
 // Spec is an image to unpack and where to mount it.
@@ -29,6 +29,7 @@ type Spec struct {
 	Reference string // for messages and lists
 	Manifest  digest.Digest
 	Layers    []ocispec.Descriptor // the lowest first
+	DiffIDs   []digest.Digest      // of Layers; nil checks none
 	Blobs     Blobs
 	Target    string // made when missing
 	Upper     string // directory for the writable layer; the tmpfs when empty
@@ -193,10 +194,10 @@ func (t *Table) unpack(ctx context.Context, s Spec) error {
 	if err := os.RemoveAll(part); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Join(part, emptyLayer), 0o755); err != nil { //nolint:gosec // may become the root directory of a container
+	if err := os.Mkdir(part, 0o755); err != nil { //nolint:gosec // below a directory of mode 0700
 		return err
 	}
-	size, err := unpackImage(ctx, part, s.Layers, s.Blobs)
+	size, err := Image(ctx, part, s.Layers, s.DiffIDs, s.Blobs)
 	if err == nil {
 		err = os.WriteFile(filepath.Join(part, sizeFile), strconv.AppendInt(nil, size, 10), 0o600)
 	}
@@ -232,7 +233,7 @@ func (t *Table) mount(s Spec) (Record, error) {
 	if err := os.WriteFile(filepath.Join(dir, "record.json"), b, 0o600); err != nil {
 		return Record{}, err
 	}
-	if err := mountOverlay(t.imageDir(s.Manifest), len(s.Layers), r.Upper, s.Target); err != nil {
+	if err := Overlay(t.imageDir(s.Manifest), len(s.Layers), r.Upper, s.Target); err != nil {
 		return Record{}, err
 	}
 	t.mu.Lock()

@@ -35,8 +35,9 @@ type leftover struct {
 type link struct{ name, target string }
 
 // unpackLayer writes the files of one blob below dir, in the form that overlay
-// expects of a lower directory, and checks size and digest of the blob.
-func unpackLayer(ctx context.Context, dir string, blob io.Reader, desc ocispec.Descriptor) (*leftover, error) {
+// expects of a lower directory, and checks size and digest of the blob, and its
+// diffID unless that is "".
+func unpackLayer(ctx context.Context, dir string, blob io.Reader, desc ocispec.Descriptor, diffID digest.Digest) (*leftover, error) {
 	e, err := newExtractor(ctx, dir)
 	if err != nil {
 		return nil, err
@@ -48,12 +49,7 @@ func unpackLayer(ctx context.Context, dir string, blob io.Reader, desc ocispec.D
 	if err != nil {
 		return nil, err
 	}
-	plain, err := decompress(sum)
-	if err != nil {
-		return nil, fmt.Errorf("decompress: %w", err)
-	}
-	ahead := newReadAhead(plain)
-	err = errors.Join(e.unpack(ahead), ahead.Close())
+	err = e.unpackBlob(sum, diffID)
 	if errno := syscall.Errno(0); errors.As(err, &errno) || ctx.Err() != nil {
 		return nil, err // ours, not the blob's
 	}
@@ -62,6 +58,24 @@ func unpackLayer(ctx context.Context, dir string, blob io.Reader, desc ocispec.D
 		return nil, verr
 	}
 	return &e.leftover, err
+}
+
+// unpackBlob decompresses and unpacks r, and checks the digest of the plain bytes.
+func (e *extractor) unpackBlob(r io.Reader, diffID digest.Digest) error {
+	plain, err := decompress(r)
+	if err != nil {
+		return fmt.Errorf("decompress: %w", err)
+	}
+	defer plain.Close()
+	hashed := sha256.New()
+	ahead := newReadAhead(io.TeeReader(plain, hashed))
+	if err := errors.Join(e.unpack(ahead), ahead.Close()); err != nil {
+		return err
+	}
+	if got := digest.NewDigest(digest.SHA256, hashed); diffID != "" && got != diffID {
+		return fmt.Errorf("the plain bytes have digest %s, the image's config names %s: %w", got, diffID, errdefs.ErrDataLoss)
+	}
+	return nil
 }
 
 // unpack reads a tar stream to its very end.

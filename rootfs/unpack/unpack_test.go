@@ -70,6 +70,20 @@ func zstded(b []byte) ([]byte, error) {
 	return w.EncodeAll(b, nil), nil
 }
 
+// frames is zstd in as many frames as real tools make of large layers, after a
+// skippable one as pzstd writes it.
+func frames(b []byte) ([]byte, error) {
+	w, err := zstd.NewWriter(nil)
+	if err != nil {
+		return nil, err
+	}
+	out := []byte("\x50\x2a\x4d\x18\x04\x00\x00\x00\x78\x56\x34\x12")
+	for part := range slices.Chunk(b, 700) {
+		out = w.EncodeAll(part, out)
+	}
+	return out, nil
+}
+
 func openTable(t *testing.T) *Table {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -186,7 +200,7 @@ func TestLayersAreMerged(t *testing.T) {
 		{"no layer is empty", [][]registrytest.Entry{{}, {tarFile("a", 0o644, "")}, {}}, []string{"a 100644 "}},
 	}
 	for _, c := range cases {
-		for packing, pack := range map[string]func([]byte) ([]byte, error){"tar": plain, "gzip": gzipped, "zstd": zstded} {
+		for packing, pack := range map[string]func([]byte) ([]byte, error){"tar": plain, "gzip": gzipped, "zstd": zstded, "zstd frames": frames} {
 			t.Run(c.name+"/"+packing, func(t *testing.T) {
 				b := blobs{}
 				var layers []ocispec.Descriptor
@@ -353,6 +367,70 @@ func TestBadBlobs(t *testing.T) {
 	})
 }
 
+// TestDiffID tells layers that were compressed right from those that were not.
+func TestDiffID(t *testing.T) {
+	good, err := registrytest.Tar(tarFile("f", 0o644, strings.Repeat("x", 5000)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for packing, pack := range map[string]func([]byte) ([]byte, error){"tar": plain, "gzip": gzipped, "zstd": zstded, "zstd frames": frames} {
+		t.Run(packing, func(t *testing.T) {
+			data, err := pack(good)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b := blobs{}
+			layers := []ocispec.Descriptor{b.add(data)}
+			for want, ids := range map[string][]digest.Digest{
+				"":                             {digest.FromBytes(good)},
+				"the image's config names":     {digest.FromString("another")},
+				"unpack 1 layers with 2 diffI": {digest.FromBytes(good), digest.FromBytes(good)},
+			} {
+				_, err := Image(t.Context(), t.TempDir(), layers, ids, b)
+				if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+					t.Errorf("want %q, got %v", want, err)
+				}
+			}
+		})
+	}
+}
+
+// TestPzstd unpacks what the real tool makes: many frames in one blob.
+func TestPzstd(t *testing.T) {
+	tool, err := exec.LookPath("pzstd")
+	if err != nil {
+		t.Skip("needs pzstd: ", err)
+	}
+	body := make([]byte, 20<<20)
+	rng := rand.New(rand.NewPCG(1, 2))
+	for i := range body {
+		body[i] = byte(rng.IntN(4))
+	}
+	good, err := registrytest.Tar(tarFile("f", 0o644, string(body)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), tool, "-p", "2", "-c", "-q")
+	cmd.Stdin = bytes.NewReader(good)
+	packed, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := bytes.Count(packed, []byte("\x28\xb5\x2f\xfd")); n < 2 {
+		t.Fatalf("pzstd made %d frames", n)
+	}
+	dir := t.TempDir()
+	b := blobs{}
+	size, err := Image(t.Context(), dir, []ocispec.Descriptor{b.add(packed)}, []digest.Digest{digest.FromBytes(good)}, b)
+	if err != nil || size != int64(len(body)) {
+		t.Fatalf("%d bytes, %v", size, err)
+	}
+	got, err := os.ReadFile(filepath.Join(dir, "0", "f"))
+	if err != nil || !bytes.Equal(got, body) {
+		t.Errorf("other content: %v", err)
+	}
+}
+
 func TestTable(t *testing.T) {
 	table := openTable(t)
 	b := blobs{}
@@ -495,7 +573,7 @@ func makeSparse(header []byte, size int64) {
 }
 
 func (t *Table) unpackTo(ctx context.Context, layer ocispec.Descriptor, b Blobs) (int64, error) {
-	return unpackImage(ctx, t.imagesDir(), []ocispec.Descriptor{layer}, b)
+	return Image(ctx, t.imagesDir(), []ocispec.Descriptor{layer}, nil, b)
 }
 
 // TestAsUmociDoes holds a random tree in several layers against umoci, which

@@ -38,7 +38,7 @@ func FuzzLayer(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		left, err := unpackLayer(t.Context(), layer, bytes.NewReader(data), ocispec.Descriptor{Digest: digest.FromBytes(data), Size: int64(len(data))})
+		left, err := unpackLayer(t.Context(), layer, bytes.NewReader(data), ocispec.Descriptor{Digest: digest.FromBytes(data), Size: int64(len(data))}, "")
 		if err == nil {
 			_ = left.settle(dir, 0) // an error is a good answer
 		}

@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mountOverlay puts n layers of image together at target, the highest on top,
+// Overlay puts the n layers that Image unpacked below image together at target, the highest on top,
 // below the writable directory upper; without one the mount is read-only.
-func mountOverlay(image string, n int, upper, target string) error {
+func Overlay(image string, n int, upper, target string) error {
 	if n == 0 {
 		return fmt.Errorf("mount overlay at %s: the image has no layers: %w", target, errdefs.ErrInvalidArgument)
 	}

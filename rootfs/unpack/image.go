@@ -1,7 +1,10 @@
-// Package unpack is how guest pull works without lazy loading: the layers of
-// an image are downloaded in parallel, verified and unpacked into a tmpfs, and
+// Package unpack is how an image becomes a file tree without lazy loading: the
+// layers are downloaded in parallel, verified as wholes and unpacked, and
 // overlay puts them together. It is the comparison that lazy mounts are
-// measured against, and what is left for an image that nothing else can serve.
+// measured and checked against, and what is left for an image that nothing
+// else can serve. Therefore it shares no code with rootfs/layer and below: tar
+// is read by archive/tar, gzip and zstd by github.com/klauspost/compress, whose
+// gzip is the standard library's made faster.
 package unpack
 
 import (
@@ -17,6 +20,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -32,15 +37,27 @@ type Blobs interface {
 // takes two goroutines and about 2 MiB of buffers.
 const parallelLayers = 4
 
-// unpackImage unpacks every layer into a directory of its own below dir, named
-// "0" (the lowest), "1" and so on. It returns the size of all files in bytes.
-func unpackImage(ctx context.Context, dir string, layers []ocispec.Descriptor, blobs Blobs) (size int64, err error) {
+// Image unpacks every layer into a directory of its own below dir, named "0"
+// (the lowest), "1" and so on, in the form that overlay expects of lower
+// directories, and makes an empty directory beside them. It returns the size of all files in bytes. diffIDs are those of
+// the layers in their order; without any, none is checked.
+func Image(ctx context.Context, dir string, layers []ocispec.Descriptor, diffIDs []digest.Digest, blobs Blobs) (size int64, err error) {
+	if len(diffIDs) != 0 && len(diffIDs) != len(layers) {
+		return 0, fmt.Errorf("unpack %d layers with %d diffIDs: %w", len(layers), len(diffIDs), errdefs.ErrInvalidArgument)
+	}
+	if err := os.MkdirAll(filepath.Join(dir, emptyLayer), 0o755); err != nil { //nolint:gosec // may become the root directory of a container
+		return 0, err
+	}
 	left := make([]*leftover, len(layers))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(parallelLayers)
 	for i, desc := range layers {
 		g.Go(func() (err error) {
-			if left[i], err = fetchLayer(ctx, filepath.Join(dir, strconv.Itoa(i)), desc, blobs); err != nil {
+			var diffID digest.Digest
+			if len(diffIDs) != 0 {
+				diffID = diffIDs[i]
+			}
+			if left[i], err = fetchLayer(ctx, filepath.Join(dir, strconv.Itoa(i)), desc, diffID, blobs); err != nil {
 				return fmt.Errorf("unpack layer %s: %w", desc.Digest, err)
 			}
 			return nil
@@ -58,7 +75,7 @@ func unpackImage(ctx context.Context, dir string, layers []ocispec.Descriptor, b
 	return size, nil
 }
 
-func fetchLayer(ctx context.Context, dir string, desc ocispec.Descriptor, blobs Blobs) (*leftover, error) {
+func fetchLayer(ctx context.Context, dir string, desc ocispec.Descriptor, diffID digest.Digest, blobs Blobs) (*leftover, error) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -70,7 +87,7 @@ func fetchLayer(ctx context.Context, dir string, desc ocispec.Descriptor, blobs 
 	if err != nil {
 		return nil, err
 	}
-	left, err := unpackLayer(ctx, dir, blob, desc)
+	left, err := unpackLayer(ctx, dir, blob, desc, diffID)
 	return left, errors.Join(err, blob.Close())
 }
 
