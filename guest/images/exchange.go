@@ -2,7 +2,6 @@ package images
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tatami-containers/tatami/guest/timing"
+	"github.com/tatami-containers/tatami/rootfs/artifact"
 	"github.com/tatami-containers/tatami/rootfs/image"
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/registry"
@@ -48,7 +48,7 @@ func (r *Resolver) fromNode(ctx context.Context, p pin, whole bool, phases *timi
 	}
 	img.Index, img.Reason = idx, reason
 	if !whole && !lazy {
-		img.Index, img.Reason = r.indexFromTOC(ctx, img, phases)
+		img.Index, img.Reason = r.indexFromImage(ctx, img, phases)
 	}
 	return img, ctx.Err()
 }
@@ -68,27 +68,36 @@ func (r *Resolver) fromRegistry(ctx context.Context, ref string, whole bool, pha
 	if err != nil || whole {
 		return img, err
 	}
-	img.Index, img.Reason = r.indexFromTOC(ctx, img, phases)
+	img.Index, img.Reason = r.indexFromImage(ctx, img, phases)
 	return img, ctx.Err()
 }
 
-// readImage reads manifest and configuration, pinned or by the name's tag.
+// readImage reads manifest and configuration, pinned or by the name's tag. A
+// digest that the guest was asked for is where it starts from: what the node has
+// pinned must be what that leads to.
 func readImage(ctx context.Context, repo *registry.Repository, p pin) (*Image, error) {
-	ref := p.name
-	if p.manifest != "" {
+	ref, start := p.name, p.manifest
+	if p.asked != "" {
+		start = p.asked
+	}
+	if start != "" {
 		var err error
-		if ref, err = reference.WithDigest(reference.TrimNamed(p.name), p.manifest); err != nil {
-			return nil, fmt.Errorf("pin %s to %s: %w: %w", p.name, p.manifest, err, errdefs.ErrInvalidArgument)
+		if ref, err = reference.WithDigest(reference.TrimNamed(p.name), start); err != nil {
+			return nil, fmt.Errorf("pin %s to %s: %w: %w", p.name, start, err, errdefs.ErrInvalidArgument)
 		}
 	}
 	found, err := image.Resolve(ctx, repo, ref, image.DefaultPlatform())
 	if err != nil {
 		return nil, err
 	}
-	if p.manifest != "" && found.Desc.Digest != p.manifest {
+	switch {
+	case p.manifest == "" || found.Desc.Digest == p.manifest:
+	case p.asked != "":
+		return nil, fmt.Errorf("the node gives manifest %s for %s, which leads to %s: %w", p.manifest, p.asked, found.Desc.Digest, errPolicy)
+	default:
 		return nil, fmt.Errorf("%s is an index of images, not the manifest of one: %w", p.manifest, errdefs.ErrInvalidArgument)
 	}
-	img := &Image{Reference: p.name.String(), Manifest: found.Desc.Digest, Config: found.ConfigBytes, blobs: repo}
+	img := &Image{Reference: p.name.String(), Manifest: found.Desc.Digest, Config: found.ConfigBytes, found: found, blobs: repo}
 	for _, l := range found.Layers {
 		img.Layers = append(img.Layers, l.Descriptor)
 		img.DiffIDs = append(img.DiffIDs, l.DiffID)
@@ -122,14 +131,14 @@ func readArtifact(ctx context.Context, repo *registry.Repository, desc ocispec.D
 	if err != nil {
 		return nil, err
 	}
-	var m ocispec.Manifest
-	if err := json.Unmarshal(b, &m); err != nil {
-		return nil, fmt.Errorf("decode artifact: %w: %w", err, errdefs.ErrInvalidArgument)
+	files, err := artifact.Decode(b, manifest)
+	if err != nil {
+		return nil, err
 	}
-	if m.ArtifactType != index.ArtifactType || len(m.Layers) == 0 || m.Layers[0].MediaType != index.ImageType {
-		return nil, fmt.Errorf("artifact of type %q is no index: %w", m.ArtifactType, errdefs.ErrInvalidArgument)
+	if files.Image == nil {
+		return nil, fmt.Errorf("the artifact has no index of the whole image: %w", errdefs.ErrNotFound)
 	}
-	if b, err = repo.Blob(ctx, m.Layers[0]); err != nil {
+	if b, err = repo.Blob(ctx, *files.Image); err != nil {
 		return nil, err
 	}
 	idx, err := index.DecodeImage(b)
@@ -140,17 +149,4 @@ func readArtifact(ctx context.Context, repo *registry.Repository, desc ocispec.D
 		return nil, fmt.Errorf("it is for manifest %s: %w", idx.Manifest, errdefs.ErrDataLoss)
 	}
 	return idx, nil
-}
-
-// manifestsOf lists what the index of images with this digest names.
-func manifestsOf(ctx context.Context, repo *registry.Repository, d digest.Digest) ([]ocispec.Descriptor, error) {
-	b, err := repo.Manifest(ctx, ocispec.Descriptor{Digest: d})
-	if err != nil {
-		return nil, err
-	}
-	var list ocispec.Index
-	if err := json.Unmarshal(b, &list); err != nil {
-		return nil, fmt.Errorf("decode index of images %s: %w: %w", d, err, errdefs.ErrInvalidArgument)
-	}
-	return list.Manifests, nil
 }

@@ -85,6 +85,7 @@ type Image struct {
 	Index  *index.Image
 	Reason error
 
+	found *image.Image
 	blobs *registry.Repository
 }
 
@@ -95,6 +96,7 @@ var errPolicy = fmt.Errorf("policy of the guest: %w", errdefs.ErrPermissionDenie
 type pin struct {
 	name     reference.Named
 	manifest digest.Digest // "" when nobody has pinned it
+	asked    digest.Digest // of the manifest, or an index above it, that the guest was asked for; "" if unknown
 	trust    Trust
 	node     bool // the node knows it
 }
@@ -136,13 +138,28 @@ func (r *Resolver) describe(ctx context.Context, id, ref string, phases *timing.
 		return pin{}, fmt.Errorf("describe container %s: %w", id, err)
 	}
 	p, err := r.pinned(resp)
+	if err == nil && p.trust == TrustImage {
+		p.asked, err = askedDigest(ref)
+	}
 	if err != nil {
 		return pin{}, fmt.Errorf("describe container %s: %w", id, err)
 	}
-	if p.trust == TrustImage {
-		err = r.checkAsked(ctx, p, ref)
+	return p, nil
+}
+
+// askedDigest is the digest in the reference that the guest was given, if any.
+func askedDigest(ref string) (digest.Digest, error) {
+	if ref == "" {
+		return "", nil
 	}
-	return p, err
+	name, err := image.ParseReference(ref)
+	if err != nil {
+		return "", err
+	}
+	if d, ok := name.(reference.Digested); ok {
+		return d.Digest(), nil
+	}
+	return "", nil
 }
 
 // pinned checks what the node says.
@@ -170,32 +187,6 @@ func (r *Resolver) pinned(resp *api.DescribeResponse) (pin, error) {
 	return p, nil
 }
 
-// checkAsked holds what the node pinned against a digest in the reference that
-// the guest was given: the same manifest, or one of the index that it names.
-func (r *Resolver) checkAsked(ctx context.Context, p pin, ref string) error {
-	if ref == "" {
-		return nil
-	}
-	name, err := image.ParseReference(ref)
-	if err != nil {
-		return err
-	}
-	want, ok := name.(reference.Digested)
-	if !ok || want.Digest() == p.manifest {
-		return nil
-	}
-	listed, err := manifestsOf(ctx, r.cfg.Relay.Mirror(relayHost, p.name), want.Digest())
-	if err != nil {
-		return fmt.Errorf("check that %s is the image of %s: %w", p.manifest, ref, err)
-	}
-	for _, m := range listed {
-		if m.Digest == p.manifest {
-			return nil
-		}
-	}
-	return fmt.Errorf("the node gives manifest %s for %s, which names others: %w", p.manifest, ref, errPolicy)
-}
-
 // Sources returns where the segments of an image come from, in the order in
 // which they are asked. It reads nothing, so that a new process can serve what
 // an earlier one mounted.
@@ -206,7 +197,7 @@ func (r *Resolver) Sources(ref string) ([]store.Source, error) {
 	}
 	var all []store.Source
 	if r.cfg.Relay != nil {
-		all = append(all, relaySource{r.cfg.Relay.Mirror(relayHost, name)})
+		all = append(all, relaySource{r.cfg.Relay.Mirror(relayHost, name), r.cfg.Trust})
 	}
 	if r.cfg.Registry != nil {
 		all = append(all, &registrySource{repo: r.cfg.Registry.Repository(name), layers: &r.layers})

@@ -3,16 +3,19 @@ package node
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/tatami-containers/tatami/rootfs/artifact"
 	"github.com/tatami-containers/tatami/rootfs/bootstrap"
+	"github.com/tatami-containers/tatami/rootfs/formats"
 	"github.com/tatami-containers/tatami/rootfs/image"
 	"github.com/tatami-containers/tatami/rootfs/index"
-	"github.com/tatami-containers/tatami/rootfs/layer"
 	"github.com/tatami-containers/tatami/rootfs/registry"
 )
 
@@ -23,34 +26,26 @@ type indexed struct {
 	phases  []Phase
 }
 
-// checkLayer refuses a layer that cannot be served, before anything of the
-// image is fetched.
-func checkLayer(l image.Layer) error {
-	if err := layer.CheckMediaType(l.MediaType); err != nil {
-		return fmt.Errorf("layer %s: %w", l.Digest, err)
-	}
-	return nil
-}
-
 // index makes an image exist on the node, unless it does.
-func (n *Node) index(ctx context.Context, repo *registry.Repository, img *image.Image) (indexed, error) {
+func (n *Node) index(ctx context.Context, repo *registry.Repository, img *image.Image, f *formats.Finder, wanted []formats.Layer) (indexed, error) {
 	if _, ok := n.known(img.Desc.Digest); ok {
 		return indexed{from: fromNode}, nil
 	}
 	c := newClock()
-	unpin := n.pin(img)
-	layers, err := n.indexLayers(ctx, repo, img)
+	unpin := n.pin(wanted)
+	layers, err := n.indexLayers(ctx, repo, img, f, wanted)
 	if err != nil {
 		unpin()
 		if errdefs.IsDataLoss(err) {
-			n.sweep(allKeys(img)) // nothing of a damaged or forged image is kept
+			n.sweep(allKeys(f, wanted)) // nothing of a damaged or forged image is kept
 		}
 		return indexed{}, err
 	}
 	defer unpin()
 	c.mark("layers")
 	out := summary(layers)
-	if err := n.assemble(ctx, img, layers, c); err != nil {
+	out.fetched += f.Fetched
+	if err := n.assemble(ctx, img, f, layers, c); err != nil {
 		return indexed{}, outOfSpace(err)
 	}
 	out.phases = c.phases
@@ -60,7 +55,7 @@ func (n *Node) index(ctx context.Context, repo *registry.Repository, img *image.
 // summary says where an image's index came from: from the most expensive way
 // that any layer took.
 func summary(layers []*layerIndex) indexed {
-	rank := map[string]int{fromNode: 0, fromTOC: 1, fromBlob: 2}
+	rank := map[string]int{fromNode: 0, formats.FromTOC: 1, formats.FromIndex: 2, fromBlob: 3}
 	out := indexed{from: fromNode}
 	seen := map[layerKey]bool{}
 	for _, l := range layers {
@@ -76,15 +71,18 @@ func summary(layers []*layerIndex) indexed {
 }
 
 // indexLayers has all layers indexed, a bounded number at a time.
-func (n *Node) indexLayers(ctx context.Context, repo *registry.Repository, img *image.Image) ([]*layerIndex, error) {
-	out := make([]*layerIndex, len(img.Layers))
+func (n *Node) indexLayers(ctx context.Context, repo *registry.Repository, img *image.Image, f *formats.Finder, wanted []formats.Layer) ([]*layerIndex, error) {
+	f.Discover(ctx, slices.ContainsFunc(wanted, func(l formats.Layer) bool {
+		return len(f.Ways(l)) == 0 && !n.hasLayer(l.Digest)
+	}))
+	out := make([]*layerIndex, len(wanted))
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(n.cfg.Layers)
 	progress := n.startProgress(img)
 	defer progress.end()
-	for i, l := range img.Layers {
+	for i, l := range wanted {
 		group.Go(func() (err error) {
-			out[i], err = n.layer(ctx, repo, l, func(bytes *atomic.Int64) { progress.watch(l.Digest, bytes) })
+			out[i], err = n.layer(ctx, repo, f, l, func(bytes *atomic.Int64) { progress.watch(l.Descriptor, bytes) })
 			return err
 		})
 	}
@@ -92,7 +90,7 @@ func (n *Node) indexLayers(ctx context.Context, repo *registry.Repository, img *
 }
 
 // assemble merges the layers, hands the image to the store and keeps its record.
-func (n *Node) assemble(ctx context.Context, img *image.Image, layers []*layerIndex, c *clock) error {
+func (n *Node) assemble(ctx context.Context, img *image.Image, f *formats.Finder, layers []*layerIndex, c *clock) error {
 	merged := make([]*index.Layer, len(layers))
 	for i, l := range layers {
 		merged[i] = l.layer
@@ -114,7 +112,7 @@ func (n *Node) assemble(ctx context.Context, img *image.Image, layers []*layerIn
 	if err := open.Close(); err != nil {
 		return fmt.Errorf("close image %s: %w", img.Desc.Digest, err)
 	}
-	if err := n.keepImage(img, layers, built, encoded); err != nil {
+	if err := n.keepImage(img, f, layers, built, encoded); err != nil {
 		return err
 	}
 	c.mark("keep")
@@ -122,9 +120,9 @@ func (n *Node) assemble(ctx context.Context, img *image.Image, layers []*layerIn
 }
 
 // keepImage writes the record and makes the image known.
-func (n *Node) keepImage(img *image.Image, layers []*layerIndex, built *index.Image, encoded []byte) error {
-	blob := describe(index.ImageType, encoded)
-	art, manifest, err := artifact(img.Desc, blob)
+func (n *Node) keepImage(img *image.Image, f *formats.Finder, layers []*layerIndex, built *index.Image, encoded []byte) error {
+	blob := artifact.Describe(index.ImageType, encoded)
+	art, manifest, err := artifact.New(img.Desc, blob)
 	if err != nil {
 		return err
 	}
@@ -132,15 +130,20 @@ func (n *Node) keepImage(img *image.Image, layers []*layerIndex, built *index.Im
 		Version: recordVersion, Manifest: bare(img.Desc), Config: bare(img.Manifest.Config),
 		Artifact: art, Index: blob, ImageSize: built.Size(),
 	}
-	for i, l := range img.Layers {
-		r.Layers = append(r.Layers, layerRecord{bare(l.Descriptor), layers[i].key.toc})
+	for _, l := range img.Layers {
+		r.Blobs = append(r.Blobs, bare(l.Descriptor))
+	}
+	for _, l := range layers {
+		r.Layers = append(r.Layers, layerRecord{l.key.blob, l.key.by})
 	}
 	for _, s := range built.Segments {
-		r.Segments = append(r.Segments, segmentRecord{s.ID, s.Table.Size})
+		r.Segments = append(r.Segments, segmentRecord{s.ID, s.Layer, s.Table.Size})
 	}
-	err = n.saveImage(r, map[string][]byte{
+	content := map[string][]byte{
 		manifestFile: img.ManifestBytes, configFile: img.ConfigBytes, artifactFile: manifest, indexFile: encoded,
-	})
+	}
+	keepBound(r, content, img, f)
+	err = n.saveImage(r, content)
 	if err != nil {
 		return err
 	}
@@ -148,6 +151,21 @@ func (n *Node) keepImage(img *image.Image, layers []*layerIndex, built *index.Im
 	n.images[r.Manifest.Digest] = r
 	n.mu.Unlock()
 	return nil
+}
+
+// keepBound keeps the image index and the index artifact that it binds, for
+// guests that believe nothing else.
+func keepBound(r *record, content map[string][]byte, img *image.Image, f *formats.Finder) {
+	if img.Parent == nil {
+		return
+	}
+	r.Parent, content[parentFile] = bare(img.ParentDesc), img.ParentBytes
+	for _, a := range f.Artifacts {
+		if a.Bound {
+			r.Bound, content[boundFile] = bare(a.Desc), a.Data
+			r.BoundFiles = slices.Collect(maps.Values(a.Files.Layers))
+		}
+	}
 }
 
 // bare leaves of a descriptor what names the content.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"sync/atomic"
@@ -13,32 +12,30 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
-	"github.com/tatami-containers/tatami/rootfs/image"
+	"github.com/tatami-containers/tatami/rootfs/formats"
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
-	"github.com/tatami-containers/tatami/rootfs/layer/estargz"
 	"github.com/tatami-containers/tatami/rootfs/registry"
 )
 
 // maxLayerFile bounds an encoded layer index in bytes.
 const maxLayerFile = 4 << 30
 
-// layerKey names a layer index: that of a blob, and of the TOC that it was
-// taken from, empty when it was built from the whole blob.
-type layerKey struct{ blob, toc digest.Digest }
+// layerKey names a layer index: that of a blob, and of what describes the layer
+// (formats.Way.By), empty when it was built from the whole blob.
+type layerKey struct{ blob, by digest.Digest }
 
 func (n *Node) layerPath(k layerKey) string {
 	path := n.files.layer(k.blob)
-	if k.toc != "" {
-		path += "." + k.toc.Encoded()
+	if k.by != "" {
+		path += "." + k.by.Encoded()
 	}
 	return path
 }
 
-// Where an index came from.
+// Where an index came from, beside the ways of package formats.
 const (
 	fromNode = "node"
-	fromTOC  = "toc"
 	fromBlob = "built"
 )
 
@@ -69,55 +66,74 @@ func (n *Node) readLayer(k layerKey) (*index.Layer, error) {
 	return l, nil
 }
 
-// keptLayer returns the layer index of the first key that the node has.
-func (n *Node) keptLayer(keys ...layerKey) *layerIndex {
-	for _, k := range keys {
-		l, err := n.readLayer(k)
-		if err == nil {
-			l.Access = index.Access{}
-			return &layerIndex{key: k, layer: l, from: fromNode}
-		}
+// keptLayer returns the layer index of a key if the node has it.
+func (n *Node) keptLayer(k layerKey) *layerIndex {
+	l, err := n.readLayer(k)
+	if err != nil {
 		if !errdefs.IsNotFound(err) {
 			n.log.Warn("a layer index is damaged and will be made again", "layer", k.blob, "error", err)
 		}
+		return nil
 	}
-	return nil
+	l.Access, l.Skeleton = index.Access{}, nil
+	return &layerIndex{key: k, layer: l, from: fromNode}
 }
 
-// hasLayer says whether keptLayer would find something, without reading it.
-func (n *Node) hasLayer(keys ...layerKey) bool {
-	for _, k := range keys {
-		if _, err := os.Stat(n.layerPath(k)); err == nil {
-			return true
-		}
-	}
-	return false
-}
-
-// keys are the layer indexes that may be used for l, the best first: one that
-// was built from the blob speaks for the blob whatever the manifest says of TOCs.
-func keys(l image.Layer) []layerKey {
-	out := []layerKey{{blob: l.Digest}}
-	if toc, ok := tocOf(l); ok {
-		out = append(out, layerKey{l.Digest, toc})
-	}
-	return out
-}
-
-func tocOf(l image.Layer) (digest.Digest, bool) {
-	toc := digest.Digest(l.Annotations[estargz.TOCDigest])
-	return toc, toc.Validate() == nil
+// hasLayer says whether the node has the index of a layer that was built from
+// its blob, without reading it.
+func (n *Node) hasLayer(blob digest.Digest) bool {
+	_, err := os.Stat(n.layerPath(layerKey{blob: blob}))
+	return err == nil
 }
 
 // layer finds or makes the index of one layer. Whoever else needs the same
-// layer at this time shares the work; watch gets its counter of bytes.
-func (n *Node) layer(ctx context.Context, repo *registry.Repository, l image.Layer, watch func(*atomic.Int64)) (*layerIndex, error) {
-	if kept := n.keptLayer(keys(l)...); kept != nil {
-		return kept, checkDiffID(kept.layer, l)
+// layer at this time shares the work; watch gets its counter of bytes. An index
+// that was built from the blob speaks for the blob whatever else does.
+func (n *Node) layer(ctx context.Context, repo *registry.Repository, f *formats.Finder, l formats.Layer, watch func(*atomic.Int64)) (*layerIndex, error) {
+	if l.Whole {
+		if kept := n.keptLayer(layerKey{blob: l.Digest}); kept != nil {
+			return kept, checkDiffID(kept.layer, l)
+		}
 	}
-	if made := n.tocLayer(ctx, repo, l); made != nil {
-		return made, nil
+	var errs []error
+	for _, w := range f.Ways(l) {
+		if w.Lazy && !repo.Ranged() {
+			continue
+		}
+		made, err := n.wayLayer(ctx, l, w)
+		if err == nil {
+			err = checkDiffID(made.layer, l)
+		}
+		if err == nil || ctx.Err() != nil {
+			return made, err
+		}
+		n.log.Warn("a layer's index cannot be used, another way is taken", "layer", l.Digest, "from", w.From, "by", w.By, "error", err)
+		errs = append(errs, err)
 	}
+	if !l.Whole {
+		return nil, fmt.Errorf("layer %s: %w", l.Digest, errors.Join(errs...))
+	}
+	return n.wholeLayer(ctx, repo, l, watch)
+}
+
+// wayLayer has the index of a layer in one of the ways to it.
+func (n *Node) wayLayer(ctx context.Context, l formats.Layer, w formats.Way) (*layerIndex, error) {
+	key := layerKey{l.Digest, w.By}
+	made, _, err := n.layers.do(ctx, key, func(ctx context.Context, _ *atomic.Int64) (*layerIndex, error) {
+		if kept := n.keptLayer(key); kept != nil {
+			return kept, nil
+		}
+		made, fetched, err := w.Open(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return n.saveLayer(key, made, w.From, fetched)
+	}, nil)
+	return made, err
+}
+
+// wholeLayer has the index of a layer built from its blob.
+func (n *Node) wholeLayer(ctx context.Context, repo *registry.Repository, l formats.Layer, watch func(*atomic.Int64)) (*layerIndex, error) {
 	key := layerKey{blob: l.Digest}
 	build := func(ctx context.Context, bytes *atomic.Int64) (*layerIndex, error) {
 		if kept := n.keptLayer(key); kept != nil { // made since the look above
@@ -140,44 +156,18 @@ func (n *Node) layer(ctx context.Context, repo *registry.Repository, l image.Lay
 // says. A TOC does not tell, and other algorithms than the node's cannot be
 // compared. Each image is compared by itself: of two that share a layer one
 // may be forged.
-func checkDiffID(l *index.Layer, want image.Layer) error {
-	if l.DiffID == "" || l.DiffID == want.DiffID || l.DiffID.Algorithm() != want.DiffID.Algorithm() {
+func checkDiffID(l *index.Layer, want formats.Layer) error {
+	if l.DiffID == "" || want.DiffID == "" || l.DiffID == want.DiffID || l.DiffID.Algorithm() != want.DiffID.Algorithm() {
 		return nil
 	}
 	return fmt.Errorf("layer %s unpacks to diffID %s, the image's config says %s: the image is damaged or forged, build it again: %w",
 		want.Digest, l.DiffID, want.DiffID, errdefs.ErrDataLoss)
 }
 
-// tocLayer takes the index from the TOC in the blob. It returns nil when there
-// is none that can be used: then the layer is read like any other.
-func (n *Node) tocLayer(ctx context.Context, repo *registry.Repository, l image.Layer) *layerIndex {
-	toc, ok := tocOf(l)
-	if !ok || !repo.Ranged() {
-		return nil
-	}
-	key := layerKey{l.Digest, toc}
-	made, _, err := n.layers.do(ctx, key, func(ctx context.Context, _ *atomic.Int64) (*layerIndex, error) {
-		if kept := n.keptLayer(key); kept != nil {
-			return kept, nil
-		}
-		blob := &counted{Blob: repo.LayerBlob(l.Descriptor)}
-		made, err := estargz.Open(ctx, blob, l.Descriptor, toc)
-		if err != nil {
-			return nil, err
-		}
-		return n.saveLayer(key, made, fromTOC, blob.bytes.Load())
-	}, nil)
-	if err != nil {
-		n.log.Warn("the layer's TOC cannot be used, the whole layer is fetched", "layer", l.Digest, "error", err)
-		return nil
-	}
-	return made
-}
-
 // buildLayer streams the whole blob once: into the store, and into an index.
 // How many do so at a time is bounded for the node: each takes a core and the
 // buffers of a stream.
-func (n *Node) buildLayer(ctx context.Context, repo *registry.Repository, l image.Layer, bytes *atomic.Int64) (*layerIndex, error) {
+func (n *Node) buildLayer(ctx context.Context, repo *registry.Repository, l formats.Layer, bytes *atomic.Int64) (*layerIndex, error) {
 	select {
 	case n.building <- struct{}{}:
 		defer func() { <-n.building }()
@@ -214,19 +204,8 @@ func (n *Node) saveLayer(k layerKey, l *index.Layer, from string, fetched int64)
 	if err := n.files.write(n.layerPath(k), data); err != nil {
 		return nil, fmt.Errorf("keep index of layer %s: %w", k.blob, err)
 	}
-	l.Access = index.Access{}
+	l.Access, l.Skeleton = index.Access{}, nil
 	return &layerIndex{key: k, layer: l, from: from, bytes: fetched}, nil
-}
-
-// counted counts what is asked of a blob.
-type counted struct {
-	layer.Blob
-	bytes atomic.Int64
-}
-
-func (c *counted) ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, error) {
-	c.bytes.Add(n)
-	return c.Blob.ReadRange(ctx, off, n)
 }
 
 // outOfSpace says what to do about a full disk.

@@ -134,12 +134,12 @@ func (l *Lease) Referrers() []ocispec.Descriptor {
 func (l *Lease) Find(kind string, d digest.Digest) (ocispec.Descriptor, bool) {
 	switch kind {
 	case kindManifest:
-		return find(d, l.record.Manifest, l.record.Artifact)
+		return find(d, l.record.Manifest, l.record.Artifact, l.record.Parent, l.record.Bound)
 	case kindBlob:
 		if desc, ok := find(d, l.record.Config, l.record.Index, ocispec.DescriptorEmptyJSON); ok {
 			return desc, true
 		}
-		return l.layer(d)
+		return l.remote(d)
 	case kindSegment:
 		s, ok := l.at[d]
 		if !ok {
@@ -159,13 +159,12 @@ func find(d digest.Digest, among ...ocispec.Descriptor) (ocispec.Descriptor, boo
 	return ocispec.Descriptor{}, false
 }
 
-func (l *Lease) layer(d digest.Digest) (ocispec.Descriptor, bool) {
-	for _, layer := range l.record.Layers {
-		if layer.Digest == d {
-			return layer.Descriptor, true
-		}
+// remote describes a blob of the image that only the registry has.
+func (l *Lease) remote(d digest.Digest) (ocispec.Descriptor, bool) {
+	if desc, ok := find(d, l.record.Blobs...); ok {
+		return desc, true
 	}
-	return ocispec.Descriptor{}, false
+	return find(d, l.record.BoundFiles...)
 }
 
 // Open returns the bytes [off, off+n) of an object that Find describes. Layers
@@ -187,7 +186,7 @@ func (l *Lease) Open(ctx context.Context, kind string, d digest.Digest, off, n i
 	if d == ocispec.DescriptorEmptyJSON.Digest {
 		return section(nopCloser{bytes.NewReader(ocispec.DescriptorEmptyJSON.Data)}, off, n), nil
 	}
-	if _, ok := l.layer(d); ok && kind == kindBlob {
+	if _, ok := l.remote(d); ok && kind == kindBlob {
 		return l.repo.Range(ctx, d, off, n)
 	}
 	return nil, fmt.Errorf("open %s of image %s: %w", d, l.Manifest(), errdefs.ErrNotFound)

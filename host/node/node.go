@@ -7,16 +7,17 @@
 //
 //	layout                              marks the directory as a node's
 //	layers/<algorithm>/<hex>            encoded layer index, built from the verified blob
-//	layers/<algorithm>/<hex>.<toc hex>  the same from a TOC, whose digest a manifest gave
+//	layers/<algorithm>/<hex>.<by hex>   the same, taken from what has that digest
 //	images/<algorithm>/<hex>/           one image; its rename makes it exist
 //	    record.json manifest.json config.json artifact.json index
 //	refs/<hex>.json                     what a reference meant when it was prepared last
 //	store/                              of package store
 //	tmp/                                emptied at the start
 //
-// A layer index that came from a TOC is trusted for manifests that name this
-// TOC and for no other: the registry of one image must not be able to say what
-// a layer of another holds.
+// A layer index that was taken from something published (a TOC, an index
+// artifact) is used for images that lead to this very thing and for no other:
+// the repository of one image must not be able to say what a layer of another
+// holds.
 //
 // # Memory
 //
@@ -60,7 +61,8 @@ type Node struct {
 	log    *slog.Logger
 	files  files
 	store  *store.Store
-	cancel context.CancelFunc // ends prepares
+	ctx    context.Context // of everything that nobody waits for; ends with Close
+	cancel context.CancelFunc
 	// patience is how long a tag that was resolved before is asked for.
 	patience   time.Duration
 	background sync.WaitGroup // what nobody waits for but Close
@@ -74,9 +76,11 @@ type Node struct {
 	mu       sync.Mutex
 	images   map[digest.Digest]*record   // complete ones; protected by mu, records immutable
 	leases   map[digest.Digest]int       // images being read; protected by mu
-	pins     map[layerKey]int            // layers that a prepare counts on; protected by mu
+	pins     map[digest.Digest]int       // layers that a prepare counts on; protected by mu
 	jobs     map[string]*job             // prepares by reference; protected by mu
 	fetching map[digest.Digest]*progress // layers under way by manifest; protected by mu
+
+	prefetches map[digest.Digest]*prefetch // under way by manifest; protected by mu
 }
 
 // sourceStall is after how long without a byte a registry is given up. The
@@ -96,14 +100,15 @@ func Open(cfg Config) (*Node, error) {
 		cfg: cfg, log: cfg.Log, files: files(cfg.Root), patience: 10 * time.Second,
 		building: make(chan struct{}, cfg.Layers),
 		images:   map[digest.Digest]*record{}, leases: map[digest.Digest]int{},
-		pins: map[layerKey]int{}, jobs: map[string]*job{},
-		fetching: map[digest.Digest]*progress{},
+		pins: map[digest.Digest]int{}, jobs: map[string]*job{},
+		fetching: map[digest.Digest]*progress{}, prefetches: map[digest.Digest]*prefetch{},
 	}
+	n.ctx, n.cancel = context.WithCancel(context.Background())
 	err := n.files.claim()
 	if err != nil {
 		return nil, fmt.Errorf("open node %s: %w", cfg.Root, err)
 	}
-	if n.store, err = store.Open(store.Config{Dir: n.files.store(), Keep: true, Stall: sourceStall, Log: cfg.Log}); err != nil {
+	if n.store, err = store.Open(store.Config{Dir: n.files.store(), Keep: true, Stall: sourceStall, Complete: n.audit, Log: cfg.Log}); err != nil {
 		return nil, fmt.Errorf("open node %s: %w", cfg.Root, err)
 	}
 	if err = n.files.create(); err == nil {
@@ -112,12 +117,10 @@ func Open(cfg Config) (*Node, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open node %s: %w", cfg.Root, errors.Join(err, n.store.Close()))
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	n.cancel = cancel
-	n.prepares.init(ctx)
-	n.indexing.init(ctx)
-	n.layers.init(ctx)
-	n.access = newAccessCache(ctx, accessBytes, n.readLayer)
+	n.prepares.init(n.ctx)
+	n.indexing.init(n.ctx)
+	n.layers.init(n.ctx)
+	n.access = newAccessCache(n.ctx, accessBytes, n.readLayer)
 	return n, nil
 }
 

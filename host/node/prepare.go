@@ -12,7 +12,9 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/tatami-containers/tatami/rootfs/formats"
 	"github.com/tatami-containers/tatami/rootfs/image"
+	"github.com/tatami-containers/tatami/rootfs/layer"
 	"github.com/tatami-containers/tatami/rootfs/registry"
 )
 
@@ -97,8 +99,13 @@ func (n *Node) prepare(ctx context.Context, t target, ref reference.Named, platf
 	done := indexed{from: fromNode}
 	if img != nil {
 		n.setJob(t.reference, manifest)
+		finder := n.finder(repo.Repository, img)
+		wanted, err := finder.Layers()
+		if err != nil {
+			return nil, err
+		}
 		done, _, err = n.indexing.do(ctx, manifest, func(ctx context.Context, _ *atomic.Int64) (indexed, error) {
-			return n.index(ctx, repo.Repository, img)
+			return n.index(ctx, repo.Repository, img, finder, wanted)
 		}, nil)
 		if err != nil {
 			return nil, err
@@ -114,6 +121,9 @@ func (n *Node) prepare(ctx context.Context, t target, ref reference.Named, platf
 	p, err := n.prepared(ref, manifest)
 	if err != nil {
 		return nil, err
+	}
+	if done.from != fromNode {
+		n.startPrefetch(ref, manifest)
 	}
 	p.Index, p.Fetched, p.Phases = done.from, done.fetched+repo.bytes, c.phases
 	n.log.Info("image prepared", "reference", t.reference, "manifest", manifest, "index", p.Index,
@@ -165,12 +175,13 @@ func (n *Node) resolve(ctx context.Context, repo *counting, t target, ref refere
 	if err != nil {
 		return "", nil, err
 	}
-	for _, l := range img.Layers {
-		if err := checkLayer(l); err != nil {
-			return "", nil, err
-		}
-	}
 	return img.Desc.Digest, img, nil
+}
+
+// finder looks for ways to the layers of img in its repository.
+func (n *Node) finder(repo *registry.Repository, img *image.Image) *formats.Finder {
+	blob := func(d ocispec.Descriptor) layer.Blob { return repo.LayerBlob(d) }
+	return formats.New(repo, blob, img, n.log)
 }
 
 // ask resolves a tag that was resolved before. A registry that does not answer

@@ -4,6 +4,7 @@ import (
 	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/rootfs/image"
 )
@@ -27,7 +28,7 @@ type job struct {
 type progress struct {
 	n        *Node
 	manifest digest.Digest
-	total    int64                           // bytes to be fetched; immutable
+	total    int64                           // bytes of the layers being fetched; protected by Node.mu
 	layers   map[digest.Digest]*atomic.Int64 // protected by Node.mu
 }
 
@@ -60,13 +61,6 @@ func (n *Node) setJob(ref string, manifest digest.Digest) {
 // startProgress begins to count what has to be fetched of img.
 func (n *Node) startProgress(img *image.Image) *progress {
 	p := &progress{n: n, manifest: img.Desc.Digest, layers: map[digest.Digest]*atomic.Int64{}}
-	seen := map[digest.Digest]bool{}
-	for _, l := range img.Layers {
-		if _, toc := tocOf(l); !toc && !seen[l.Digest] && !n.hasLayer(keys(l)...) {
-			p.total += l.Size
-		}
-		seen[l.Digest] = true
-	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.fetching[p.manifest] = p
@@ -79,11 +73,14 @@ func (p *progress) end() {
 	delete(p.n.fetching, p.manifest)
 }
 
-// watch adds the counter of one layer.
-func (p *progress) watch(layer digest.Digest, bytes *atomic.Int64) {
+// watch adds the counter of a layer that is fetched whole.
+func (p *progress) watch(layer ocispec.Descriptor, bytes *atomic.Int64) {
 	p.n.mu.Lock()
 	defer p.n.mu.Unlock()
-	p.layers[layer] = bytes
+	if p.layers[layer.Digest] == nil {
+		p.total += layer.Size
+	}
+	p.layers[layer.Digest] = bytes
 }
 
 // Progress tells how far the preparing of ref is; it waits for nothing.

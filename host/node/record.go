@@ -20,10 +20,12 @@ const (
 	manifestFile = "manifest.json"
 	configFile   = "config.json"
 	artifactFile = "artifact.json"
+	parentFile   = "parent.json"
+	boundFile    = "bound.json"
 	indexFile    = "index" // encoded index.Image
 )
 
-const recordVersion = 1
+const recordVersion = 2
 
 // record is what the node keeps of one image, beside the files that it
 // describes.
@@ -31,31 +33,39 @@ type record struct {
 	Version  int
 	Manifest ocispec.Descriptor
 	Config   ocispec.Descriptor
-	Artifact ocispec.Descriptor // the manifest of the index artifact
-	Index    ocispec.Descriptor // its only layer
-	Layers   []layerRecord      // lowest first
+	Artifact ocispec.Descriptor   // the manifest of the index artifact
+	Index    ocispec.Descriptor   // its only layer
+	Blobs    []ocispec.Descriptor // the image's layers, lowest first
+	Layers   []layerRecord        // what was merged, lowest first
 	Segments []segmentRecord
+	// Parent is the image index that the manifest was chosen from, and Bound the
+	// index artifact that it binds, whose files are in the registry. Empty if
+	// there is none.
+	Parent     ocispec.Descriptor
+	Bound      ocispec.Descriptor
+	BoundFiles []ocispec.Descriptor
 	// ImageSize is of the one-file image, in bytes.
 	ImageSize int64
 }
 
-// layerRecord is a layer and where its index is.
+// layerRecord says where the index of a layer is, as layerKey does.
 type layerRecord struct {
-	ocispec.Descriptor
-	TOC digest.Digest `json:"toc,omitempty"` // as in layerKey
+	Blob digest.Digest `json:"blob"`
+	By   digest.Digest `json:"by,omitempty"`
 }
 
-func (l layerRecord) key() layerKey { return layerKey{l.Digest, l.TOC} }
+func (l layerRecord) key() layerKey { return layerKey{l.Blob, l.By} }
 
 type segmentRecord struct {
-	ID   digest.Digest
-	Size int64 // bytes
+	ID    digest.Digest
+	Layer digest.Digest // the blob in record.Layers
+	Size  int64         // bytes
 }
 
 // compressedSize is the sum of the layer blobs in bytes.
 func (r *record) compressedSize() int64 {
 	sum := int64(0)
-	for _, l := range r.Layers {
+	for _, l := range r.Blobs {
 		sum += l.Size
 	}
 	return sum
@@ -63,9 +73,16 @@ func (r *record) compressedSize() int64 {
 
 // described are the files with descriptors, by name.
 func (r *record) described() map[string]ocispec.Descriptor {
-	return map[string]ocispec.Descriptor{
+	all := map[string]ocispec.Descriptor{
 		manifestFile: r.Manifest, configFile: r.Config, artifactFile: r.Artifact, indexFile: r.Index,
 	}
+	if r.Parent.Digest != "" {
+		all[parentFile] = r.Parent
+	}
+	if r.Bound.Digest != "" {
+		all[boundFile] = r.Bound
+	}
+	return all
 }
 
 // saveImage makes an image exist. contents has all files but the record.

@@ -10,13 +10,14 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
-	"github.com/tatami-containers/tatami/rootfs/image"
+	"github.com/tatami-containers/tatami/rootfs/formats"
 )
 
 // Remove forgets an image, and the layer indexes and segments that nothing
 // else uses. ErrNotFound when the node does not have it, ErrFailedPrecondition
 // while it is leased.
 func (n *Node) Remove(manifest digest.Digest) error {
+	n.stopPrefetch(manifest)
 	r, err := n.forget(manifest)
 	if err != nil {
 		return fmt.Errorf("remove image %s: %w", manifest, err)
@@ -58,29 +59,31 @@ func (n *Node) forget(manifest digest.Digest) (*record, error) {
 }
 
 // allKeys are the layer indexes that an image may use.
-func allKeys(img *image.Image) []layerKey {
+func allKeys(f *formats.Finder, layers []formats.Layer) []layerKey {
 	var out []layerKey
-	for _, l := range img.Layers {
-		out = append(out, keys(l)...)
+	for _, l := range layers {
+		out = append(out, layerKey{blob: l.Digest})
+		for _, w := range f.Ways(l) {
+			out = append(out, layerKey{l.Digest, w.By})
+		}
 	}
 	return out
 }
 
-// pin keeps the layer indexes of img from being removed until the result is
+// pin keeps the indexes of layers from being removed until the result is
 // called.
-func (n *Node) pin(img *image.Image) (unpin func()) {
-	all := allKeys(img)
+func (n *Node) pin(layers []formats.Layer) (unpin func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for _, k := range all {
-		n.pins[k]++
+	for _, l := range layers {
+		n.pins[l.Digest]++
 	}
 	return func() {
 		n.mu.Lock()
 		defer n.mu.Unlock()
-		for _, k := range all {
-			if n.pins[k]--; n.pins[k] == 0 {
-				delete(n.pins, k)
+		for _, l := range layers {
+			if n.pins[l.Digest]--; n.pins[l.Digest] == 0 {
+				delete(n.pins, l.Digest)
 			}
 		}
 	}
@@ -93,7 +96,7 @@ func (n *Node) sweep(candidates []layerKey) {
 	defer n.mu.Unlock()
 	used := n.usedLayers()
 	for _, k := range candidates {
-		if used[k] || n.pins[k] > 0 {
+		if used[k] || n.pins[k.blob] > 0 {
 			continue
 		}
 		if err := os.Remove(n.layerPath(k)); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -63,7 +63,7 @@ func placeSegments(layers []*index.Layer, bootstrap int64) (segments []index.Seg
 			}
 			off = end
 			known[id] = off
-			segments = append(segments, index.Segment{ID: id, Layer: l.Blob, Off: off, Table: &l.Table})
+			segments = append(segments, index.Segment{ID: id, Layer: l.Blob, Off: off, Table: &l.Table, Prefetch: l.Prefetch})
 			end += l.Table.Size
 		}
 		places[n] = off

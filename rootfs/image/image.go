@@ -29,7 +29,12 @@ type Image struct {
 	ManifestBytes []byte
 	Config        ocispec.Image
 	ConfigBytes   []byte
-	Layers        []Layer // lowest first; one blob may appear more than once
+	// Parent is the index that the manifest was chosen from, nil if the reference
+	// means the manifest itself. What is listed in it is bound by its digest.
+	Parent      *ocispec.Index
+	ParentDesc  ocispec.Descriptor
+	ParentBytes []byte
+	Layers      []Layer // lowest first; one blob may appear more than once
 }
 
 // Layer is one layer as manifest and config describe it.
@@ -54,11 +59,13 @@ func resolve(ctx context.Context, reg Registry, ref reference.Named, platform oc
 	if err != nil {
 		return nil, err
 	}
+	img := &Image{Reference: ref.String()}
 	doc, err := decode(data, desc.MediaType)
 	for depth := 0; err == nil && doc.index != nil; depth++ {
 		if depth == 2 {
 			return nil, invalid("an index inside an index inside an index")
 		}
+		img.Parent, img.ParentDesc, img.ParentBytes = doc.index, desc, data
 		if desc, data, err = follow(ctx, reg, doc.index, platform); err != nil {
 			return nil, err
 		}
@@ -67,7 +74,7 @@ func resolve(ctx context.Context, reg Registry, ref reference.Named, platform oc
 	if err != nil {
 		return nil, err
 	}
-	img := &Image{Reference: ref.String(), Desc: desc, Manifest: *doc.manifest, ManifestBytes: data}
+	img.Desc, img.Manifest, img.ManifestBytes = desc, *doc.manifest, data
 	return img, img.readConfig(ctx, reg, platform)
 }
 

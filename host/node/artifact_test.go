@@ -1,0 +1,114 @@
+package node
+
+import (
+	"bytes"
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tatami-containers/tatami/rootfs/artifact"
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/layer"
+	"github.com/tatami-containers/tatami/tests/registrytest"
+)
+
+// layerFiles makes and pushes what a publisher makes of an image's layers.
+func (g *rig) layerFiles(t *testing.T, name string, layers []registrytest.Layer, spoil func(*index.Layer)) []ocispec.Descriptor {
+	t.Helper()
+	var files []ocispec.Descriptor
+	for _, l := range layers {
+		desc := ocispec.Descriptor{Digest: digest.FromBytes(l.Blob), Size: int64(len(l.Blob))}
+		made, err := layer.Build(t.Context(), bytes.NewReader(l.Blob), desc, io.Discard, layer.Options{Skeleton: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		spoil(made)
+		data := registrytest.Must(index.EncodeLayer(made))
+		g.reg.PushBlob("library/"+name, index.LayerType, data)
+		files = append(files, artifact.LayerFile(desc.Digest, data))
+	}
+	return files
+}
+
+// pushArtifact pushes an artifact of the image as a referrer.
+func (g *rig) pushArtifact(t *testing.T, name string, subject ocispec.Descriptor, files []ocispec.Descriptor) ocispec.Descriptor {
+	t.Helper()
+	desc, data, err := artifact.New(subject, files...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.reg.PushBlob("library/"+name, "", ocispec.DescriptorEmptyJSON.Data)
+	g.reg.PushManifest("library/"+name, "", ocispec.MediaTypeImageManifest, data)
+	return desc
+}
+
+func sound(*index.Layer) {}
+
+// With a published index, nothing of the layers is fetched before it is read.
+func TestArtifact(t *testing.T) {
+	base, app := tree{"bin/sh": text(1, 3<<20), "etc/motd": "hello"}, tree{"app/data": text(2, 1<<20)}
+	for _, bound := range []bool{false, true} {
+		g := newRig(t)
+		layers := []registrytest.Layer{base.gzip(t), app.gzip(t)}
+		pushed := g.push("app:v1", layers...)
+		desc := g.pushArtifact(t, "app", pushed.Desc, g.layerFiles(t, "app", layers, sound))
+		if bound {
+			g.reg.Fault("/referrers/", -1, registrytest.Status(500)) // nobody has to ask
+			g.reg.PushIndex("library/app", "v1", false, pushed.Desc, artifact.Bind(desc, pushed.Desc.Digest))
+		}
+		p := g.prepare(t, "app:v1")
+		if got := g.layerBytes(pushed); got != 0 || p.Index != "index" || p.Manifest != pushed.Desc.Digest {
+			t.Errorf("bound %v: index %q of %s, after %d bytes of layers", bound, p.Index, p.Manifest, got)
+		}
+		l := g.lease(t, "app:v1")
+		g.check(t, l, 1, app)
+		if got := g.layerBytes(pushed); got == 0 || got > pushed.Layers[1].Size {
+			t.Errorf("bound %v: reading the second layer of %d bytes cost %d", bound, pushed.Layers[1].Size, got)
+		}
+		g.check(t, l, 0, base)
+		if bound != (len(object(t, l, kindManifest, digest.FromBytes(g.parent(t, l)))) > 0) {
+			t.Errorf("bound %v: the image index is not served as it should", bound)
+		}
+	}
+}
+
+// parent is the image index that a lease's image was chosen from; the manifest
+// if there is none.
+func (g *rig) parent(t *testing.T, l *Lease) []byte {
+	t.Helper()
+	if l.record.Parent.Digest == "" {
+		return nil
+	}
+	return registrytest.Must(g.readFile(l.record, parentFile))
+}
+
+// An artifact that is wrong costs the whole layer, not the image, and never
+// gives wrong bytes.
+func TestBadArtifact(t *testing.T) {
+	files := tree{"etc/motd": text(1, 200_000)}
+	for name, tc := range map[string]struct {
+		spoil func(*index.Layer)
+		log   string
+	}{
+		"other blob":   {func(l *index.Layer) { l.Blob = digest.FromString("other") }, "it is of blob"},
+		"other size":   {func(l *index.Layer) { l.BlobSize++ }, "it is of blob"},
+		"other diffID": {func(l *index.Layer) { l.DiffID = digest.FromString("other") }, "unpacks to diffID"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newRig(t)
+			layers := []registrytest.Layer{files.gzip(t)}
+			pushed := g.push("app:v1", layers...)
+			g.pushArtifact(t, "app", pushed.Desc, g.layerFiles(t, "app", layers, tc.spoil))
+			if p := g.prepare(t, "app:v1"); p.Index != "built" {
+				t.Errorf("index %q", p.Index)
+			}
+			if !strings.Contains(g.log.String(), tc.log) {
+				t.Errorf("log has no %q:\n%s", tc.log, g.log)
+			}
+			g.check(t, g.lease(t, "app:v1"), 0, files)
+		})
+	}
+}

@@ -1,0 +1,129 @@
+package formats
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tatami-containers/tatami/rootfs/artifact"
+	"github.com/tatami-containers/tatami/rootfs/image"
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/layer"
+	"github.com/tatami-containers/tatami/rootfs/layer/estargz"
+)
+
+// Repository is where an image and what was published beside it are read from.
+type Repository interface {
+	image.Registry
+	// Referrers lists the manifests whose subject is d; of all types when
+	// artifactType is empty.
+	Referrers(ctx context.Context, d digest.Digest, artifactType string) ([]ocispec.Descriptor, error)
+}
+
+// Layer is one layer of an image as it is merged.
+type Layer struct {
+	ocispec.Descriptor
+	DiffID digest.Digest // as the image's config has it; empty when there is none
+	// Whole says that the blob is a tar that can be streamed, as a last resort.
+	Whole bool
+}
+
+// Way is one way to a layer's index.
+type Way struct {
+	From  string        // what kind it is of, one of the From constants
+	By    digest.Digest // of what describes the layer
+	Bound bool          // the manifest or the image index binds By
+	Lazy  bool          // Open reads ranges of the blob
+	// Open reads the index. fetched are the bytes that it took.
+	Open func(ctx context.Context) (l *index.Layer, fetched int64, err error)
+}
+
+// Kinds of ways.
+const (
+	FromTOC   = "toc"   // a table of contents in the blob
+	FromIndex = "index" // an index artifact
+)
+
+// Finder knows the ways to the layers of one image.
+type Finder struct {
+	repo  Repository
+	blob  func(ocispec.Descriptor) layer.Blob
+	image *image.Image
+	log   *slog.Logger
+
+	// Artifacts are the index artifacts that Discover has found, the best first.
+	Artifacts []Artifact
+	// Fetched is how many bytes of manifests Discover has read.
+	Fetched int64
+}
+
+// Artifact is an index artifact of the image.
+type Artifact struct {
+	Desc  ocispec.Descriptor // of its manifest
+	Data  []byte             // its manifest
+	Files *artifact.Files
+	Bound bool // the image index lists it
+}
+
+// New makes a Finder for img, whose blobs are had by blob.
+func New(repo Repository, blob func(ocispec.Descriptor) layer.Blob, img *image.Image, log *slog.Logger) *Finder {
+	return &Finder{repo: repo, blob: blob, image: img, log: log}
+}
+
+// Layers are what has to be merged to get the image, lowest first. It is of
+// class ErrInvalidArgument when there is a layer that no way can lead to.
+func (f *Finder) Layers() ([]Layer, error) {
+	var out []Layer
+	for _, l := range f.image.Layers {
+		if err := layer.CheckMediaType(l.MediaType); err != nil {
+			return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
+		}
+		out = append(out, Layer{Descriptor: l.Descriptor, DiffID: l.DiffID, Whole: true})
+	}
+	return out, nil
+}
+
+// Ways lists the ways to a layer, the best first. Before Discover these are
+// only those that the manifest itself tells.
+func (f *Finder) Ways(l Layer) []Way {
+	var out []Way
+	if toc := digest.Digest(l.Annotations[estargz.TOCDigest]); toc.Validate() == nil {
+		out = append(out, f.tocWay(l, toc))
+	}
+	for _, a := range f.Artifacts {
+		if desc, ok := a.Files.Layers[l.Digest]; ok {
+			out = append(out, f.fileWay(l, desc, a.Bound))
+		}
+	}
+	return out
+}
+
+func (f *Finder) tocWay(l Layer, toc digest.Digest) Way {
+	return Way{From: FromTOC, By: toc, Bound: true, Lazy: true, Open: func(ctx context.Context) (*index.Layer, int64, error) {
+		blob := count(f.blob(l.Descriptor))
+		made, err := estargz.Open(ctx, blob, l.Descriptor, toc)
+		return made, blob.bytes.Load(), err
+	}}
+}
+
+// fileWay takes the index from a layer file of an artifact.
+func (f *Finder) fileWay(l Layer, desc ocispec.Descriptor, bound bool) Way {
+	return Way{From: FromIndex, By: desc.Digest, Bound: bound, Open: func(ctx context.Context) (*index.Layer, int64, error) {
+		data, err := f.repo.Blob(ctx, desc)
+		if err != nil {
+			return nil, 0, err
+		}
+		made, err := index.DecodeLayer(data)
+		if err == nil && (made.Blob != l.Digest || made.BlobSize != l.Size) {
+			err = fmt.Errorf("it is of blob %s with %d bytes: %w", made.Blob, made.BlobSize, errdefs.ErrInvalidArgument)
+		}
+		if err != nil {
+			return nil, desc.Size, fmt.Errorf("index %s of layer %s: %w", desc.Digest, l.Digest, err)
+		}
+		return made, desc.Size, nil
+	}}
+}
