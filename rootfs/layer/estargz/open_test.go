@@ -120,7 +120,7 @@ func TestOpen(t *testing.T) {
 func checkLayer(t *testing.T, l *index.Layer, b *layertest.Blob, plain []byte, reordered bool) {
 	t.Helper()
 	layertest.SameEntries(t, l, plain, layertest.Limits{Seconds: true, Last: reordered, Order: reordered})
-	r := layer.NewReader(l, b)
+	r := layer.NewReader(l, layer.OneBlob(b))
 	seg := layertest.Segment(t, l, func(off, n int64) (io.ReadCloser, error) { return r.Open(t.Context(), off, n) })
 	layertest.SameContent(t, l, seg, plain)
 }
