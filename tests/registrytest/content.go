@@ -1,6 +1,7 @@
 package registrytest
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -74,7 +75,8 @@ func (s *Server) PushManifest(name, tag, mediaType string, data []byte) ocispec.
 	}
 	if doc.Subject != nil {
 		listed := desc
-		listed.ArtifactType, listed.Annotations = doc.ArtifactType, doc.Annotations
+		// The distribution specification has the config's type stand in.
+		listed.ArtifactType, listed.Annotations = cmp.Or(doc.ArtifactType, doc.Config.MediaType), doc.Annotations
 		r.addReferrer(doc.Subject.Digest, listed)
 	}
 	return desc

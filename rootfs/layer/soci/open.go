@@ -3,7 +3,9 @@ package soci
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -61,6 +63,9 @@ func Open(ztoc []byte, ztocDigest digest.Digest, desc layer.Descriptor) (*index.
 func open(ztoc []byte, ztocDigest digest.Digest, desc layer.Descriptor) (*index.Layer, error) {
 	if err := layer.CheckMediaType(desc.MediaType); err != nil {
 		return nil, err
+	}
+	if strings.HasSuffix(desc.MediaType, "zstd") {
+		return nil, invalid(errors.New("there are no ztocs of zstd layers"))
 	}
 	if err := ztocDigest.Validate(); err != nil {
 		return nil, invalid(err)

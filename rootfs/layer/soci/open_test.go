@@ -172,7 +172,7 @@ func sameAsBuilt(t *testing.T, l *index.Layer, b blob) {
 		t.Fatal(err)
 	}
 	if !reflect.DeepEqual(l.Entries, want.Entries) {
-		t.Errorf("entries\n%+v\nwant\n%+v", l.Entries, want.Entries)
+		t.Errorf("entries\n%.2000v\nwant\n%.2000v", l.Entries, want.Entries)
 	}
 	if l.Blob != want.Blob || l.BlobSize != want.BlobSize || l.Table.Size != want.Table.Size {
 		t.Errorf("blob %s of %d, segment of %d bytes", l.Blob, l.BlobSize, l.Table.Size)
@@ -223,7 +223,7 @@ func checkSpans(t *testing.T, l *index.Layer, b blob) {
 // readAll reads the segment as a whole and in pieces.
 func readAll(t *testing.T, l *index.Layer, b blob, want []byte) {
 	t.Helper()
-	r := layer.NewReader(l, b)
+	r := layer.NewReader(l, layer.OneBlob(b))
 	for _, n := range []int{len(want), 100_000, 4096 * 7} {
 		for off := 0; off < len(want); off += n {
 			n := min(n, len(want)-off)
@@ -240,6 +240,58 @@ func readAll(t *testing.T, l *index.Layer, b blob, want []byte) {
 			}
 		}
 	}
+}
+
+// TestDamagedBlob flips a byte of each span in turn.
+func TestDamagedBlob(t *testing.T) {
+	img := loadReal(t)
+	ztocs := img.ztocs(t)
+	for i, desc := range img.manifest.Layers {
+		b, z := blob(img.blobs[desc.Digest]), ztocs[desc.Digest]
+		l, err := Open(img.blobs[z], z, desc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var seg bytes.Buffer
+		if _, err := layer.Build(t.Context(), bytes.NewReader(b), desc, &seg, layer.Options{}); err != nil {
+			t.Fatal(err)
+		}
+		for k, s := range l.Access.Spans {
+			bad := bytes.Clone(b)
+			bad[s.Off+s.Len/2] ^= 1
+			// The last span can have no more than the end of the tar.
+			if n := readDamaged(t, l, bad, seg.Bytes()); n == 0 && k < len(l.Access.Spans)-1 {
+				t.Errorf("layer %d, span %d: no chunk has an error", i+1, k)
+			}
+		}
+	}
+}
+
+// readDamaged reads all chunks of a blob that is not right, and returns how
+// many have an error. No wrong byte may come out.
+func readDamaged(t *testing.T, l *index.Layer, bad blob, want []byte) (failed int) {
+	t.Helper()
+	r := layer.NewReader(l, layer.OneBlob(bad))
+	for _, c := range l.Table.Chunks {
+		s, err := r.Open(t.Context(), c.Off, c.Len)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(s)
+		if !bytes.HasPrefix(want[c.Off:c.End()], got) || err == nil && int64(len(got)) != c.Len {
+			t.Errorf("chunk at %d: wrong bytes, error %v", c.Off, err)
+		}
+		if err != nil {
+			failed++
+			if !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), l.Blob.String()) {
+				t.Errorf("chunk at %d: %v", c.Off, err)
+			}
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	return failed
 }
 
 // TestNames checks that names of chunks depend on the ztoc and on nothing else.
@@ -260,8 +312,8 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// TestDamaged flips every bit of a byte here and there in a ztoc.
-func TestDamaged(t *testing.T) {
+// TestDamagedZtoc flips every bit of a byte here and there in a ztoc.
+func TestDamagedZtoc(t *testing.T) {
 	img := loadReal(t)
 	desc := img.manifest.Layers[0]
 	z := img.ztocs(t)[desc.Digest]

@@ -110,14 +110,24 @@ func (w *writer) far(at int, f any) {
 		for i, e := range v {
 			w.far(first+4*i, e)
 		}
+	case repeated:
+		w.point(at)
+		w.u32(uint32(v.n))
+		first := len(w.b)
+		w.b = append(w.b, make([]byte, 4*v.n)...)
+		w.far(first, v.of)
+		to := first + int(binary.LittleEndian.Uint32(w.b[first:]))
+		for i := range v.n {
+			binary.LittleEndian.PutUint32(w.b[first+4*i:], uint32(to-first-4*i))
+		}
 	}
 }
 
-// Numbers of fields in the nodes that sample ztocs have, for tests to change.
-const (
-	inZtocTOC  = 4
-	inZtocInfo = 5
-)
+// repeated is a list that has one element n times, but only one copy of it.
+type repeated struct {
+	of any
+	n  int
+}
 
 // options say how a ztoc is made.
 type options struct {
