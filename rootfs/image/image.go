@@ -47,19 +47,26 @@ type Layer struct {
 // DefaultPlatform). An index inside an index is followed once. The repository
 // of ref is not looked at: reg is asked for its tag or digest.
 func Resolve(ctx context.Context, reg Registry, ref reference.Named, platform ocispec.Platform) (*Image, error) {
-	img, err := resolve(ctx, reg, ref, platform)
+	return ResolveObject(ctx, reg, Object(ref), ref.String(), platform)
+}
+
+// ResolveObject is Resolve for images that have no reference: object is what
+// GetManifest is asked for, name what errors and Image.Reference call it.
+func ResolveObject(ctx context.Context, reg Registry, object, name string, platform ocispec.Platform) (*Image, error) {
+	img, err := resolve(ctx, reg, object, platform)
 	if err != nil {
-		return nil, fmt.Errorf("resolve image %s: %w", ref, err)
+		return nil, fmt.Errorf("resolve image %s: %w", name, err)
 	}
+	img.Reference = name
 	return img, nil
 }
 
-func resolve(ctx context.Context, reg Registry, ref reference.Named, platform ocispec.Platform) (*Image, error) {
-	desc, data, err := reg.GetManifest(ctx, Object(ref))
+func resolve(ctx context.Context, reg Registry, object string, platform ocispec.Platform) (*Image, error) {
+	desc, data, err := reg.GetManifest(ctx, object)
 	if err != nil {
 		return nil, err
 	}
-	img := &Image{Reference: ref.String()}
+	img := new(Image)
 	doc, err := decode(data, desc.MediaType)
 	for depth := 0; err == nil && doc.index != nil; depth++ {
 		if depth == 2 {

@@ -49,6 +49,7 @@ type Client struct {
 	log     *slog.Logger
 	plain   *http.Client // without credentials: for redirect targets
 	auth    *auth.Client
+	pushing *auth.Client
 	tokens  *tokenCache
 	targets targets
 	hosts   hosts
@@ -80,6 +81,7 @@ func New(cfg Config) *Client {
 		Cache:      c.tokens,
 		ClientID:   "tatami",
 	}
+	c.pushing = c.newPushing()
 	return c
 }
 
@@ -129,6 +131,7 @@ func (c *Client) Stats() Stats {
 func (c *Client) Close() error {
 	c.tokens.close()
 	c.plain.CloseIdleConnections()
+	c.pushing.Client.CloseIdleConnections()
 	return nil
 }
 

@@ -1,7 +1,7 @@
 // Package registry is the client of the OCI distribution API. The same client
 // talks to a registry, to a mirror and to the relay of the host: it resolves
 // references, reads manifests and small blobs, lists referrers and reads
-// ranges of blobs and segments, many at a time.
+// ranges of blobs and segments, many at a time; and it pushes blobs and manifests.
 //
 // It knows nothing of images, layers or the store. Manifests and small blobs
 // are checked against their digests here; ranges and streams are checked for

@@ -88,8 +88,7 @@ func (r *Repository) referrersPage(ctx context.Context, q query) (page []ocispec
 
 // taggedReferrers reads the index behind the tag that stands in for the API.
 func (r *Repository) taggedReferrers(ctx context.Context, dgst digest.Digest) ([]ocispec.Descriptor, error) {
-	// The tag is cut to what a tag may be long.
-	tag := fmt.Sprintf("%.32s-%.64s", dgst.Algorithm(), dgst.Encoded())
+	tag := referrersTag(dgst)
 	desc, data, err := r.GetManifest(ctx, tag)
 	if errdefs.IsNotFound(err) {
 		return nil, nil
@@ -105,6 +104,11 @@ func (r *Repository) taggedReferrers(ctx context.Context, dgst digest.Digest) ([
 		return nil, r.dataLoss("manifest "+tag, "decode the list of referrers: %w", err)
 	}
 	return list[:min(len(list), maxReferrers)], nil
+}
+
+// referrersTag is the tag that stands in for the API, cut to what a tag may be long.
+func referrersTag(dgst digest.Digest) string {
+	return fmt.Sprintf("%.32s-%.64s", dgst.Algorithm(), dgst.Encoded())
 }
 
 // decodeReferrers returns the usable descriptors of an index.

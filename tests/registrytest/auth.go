@@ -45,16 +45,23 @@ func (s *Server) authorized(w http.ResponseWriter, r *http.Request, name string)
 		w.Header().Set("WWW-Authenticate", `Basic realm="registry"`)
 	} else {
 		token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
-		if s.valid(s.tokens, scope(name)+" "+token) {
+		needed := scope(name)
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			needed += pushScope
+		}
+		if s.valid(s.tokens, needed+" "+token) || s.valid(s.tokens, scope(name)+pushScope+" "+token) {
 			return true
 		}
-		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="registrytest",scope="%s"`, s.main.URL, scope(name)))
+		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="registrytest",scope="%s"`, s.main.URL, needed))
 	}
 	refuse(w, http.StatusUnauthorized, "UNAUTHORIZED", "authentication required")
 	return false
 }
 
 func scope(name string) string { return "repository:" + name + ":pull" }
+
+// pushScope makes a scope to pull one to push as well.
+const pushScope = ",push"
 
 // valid looks up an expiry in one of the server's tables.
 func (s *Server) valid(table map[string]time.Time, key string) bool {

@@ -1,6 +1,7 @@
 package registrytest
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -62,6 +63,10 @@ func (s *Server) PushSegment(name string, id digest.Digest, data []byte) {
 // PushManifest adds a manifest or index of any content and tags it, unless tag
 // is "". One with a subject becomes a referrer of it.
 func (s *Server) PushManifest(name, tag, mediaType string, data []byte) ocispec.Descriptor {
+	return s.pushManifest(name, tag, mediaType, data, true)
+}
+
+func (s *Server) pushManifest(name, tag, mediaType string, data []byte, list bool) ocispec.Descriptor {
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
 	var doc ocispec.Manifest
 	_ = json.Unmarshal(data, &doc) // what is no JSON is served, too
@@ -72,9 +77,10 @@ func (s *Server) PushManifest(name, tag, mediaType string, data []byte) ocispec.
 	if tag != "" {
 		r.tags[tag] = desc.Digest
 	}
-	if doc.Subject != nil {
+	if doc.Subject != nil && list {
 		listed := desc
-		listed.ArtifactType, listed.Annotations = doc.ArtifactType, doc.Annotations
+		// The distribution specification has the config's type stand in.
+		listed.ArtifactType, listed.Annotations = cmp.Or(doc.ArtifactType, doc.Config.MediaType), doc.Annotations
 		r.addReferrer(doc.Subject.Digest, listed)
 	}
 	return desc

@@ -11,5 +11,5 @@
 //	... reg.Host()+"/library/x:latest" ...
 //	reg.BlobStats(img.Layers[0].Digest).Bytes
 //
-// It pushes nothing over the wire: only reading is served.
+// Tests push by its methods or, as any client, over the wire.
 package registrytest

@@ -29,7 +29,11 @@ func (s *Server) serveRegistry(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusNotFound, "UNSUPPORTED", "no such route")
 		return
 	}
-	if (r.Method != http.MethodGet && r.Method != http.MethodHead) || !s.authorized(w, r, name) {
+	if !s.authorized(w, r, name) {
+		return
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		s.serveWrite(w, r, name, kind, ref)
 		return
 	}
 	switch kind {

@@ -49,6 +49,9 @@ type Server struct {
 	blobs   map[digest.Digest]Counters // protected by mu
 	total   Counters                   // protected by mu
 	fetched int                        // tokens given out; protected by mu
+
+	uploads  map[string][]byte // by repository and session; protected by mu
+	sessions int               // protected by mu
 }
 
 // Counters count requests and the body bytes sent in answer to them.
@@ -87,6 +90,8 @@ func New(opts Options) *Server {
 		tokens: map[string]time.Time{},
 		signed: map[string]time.Time{},
 		blobs:  map[digest.Digest]Counters{},
+
+		uploads: map[string][]byte{},
 	}
 	if opts.Redirect {
 		s.storage = serve(http.HandlerFunc(s.serveStorage), opts.TLS, nil)

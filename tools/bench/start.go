@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tatami-containers/tatami/tools/link"
+	"github.com/tatami-containers/tatami/tools/progress"
 	"github.com/tatami-containers/tatami/tools/run"
 )
 
@@ -111,7 +112,7 @@ func (c *Comparison) rounds(ctx context.Context, o StartOptions, w *wire, dir st
 				return fmt.Errorf("%s: %w", way, err)
 			}
 			c.Reports[way] = append(c.Reports[way], r)
-			fmt.Fprintf(o.Out, "%-16s first exec after %6.2f s, done after %6.2f s, %9s over the link\n", way, r.FirstExec, r.Done, run.Bytes(r.Fetched))
+			fmt.Fprintf(o.Out, "%-16s first exec after %6.2f s, done after %6.2f s, %9s over the link\n", way, r.FirstExec, r.Done, progress.Bytes(r.Fetched))
 		}
 		if err := os.RemoveAll(root); err != nil {
 			return fmt.Errorf("remove the node's directory: %w", err)

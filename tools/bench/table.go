@@ -8,6 +8,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"github.com/tatami-containers/tatami/tools/progress"
 	"github.com/tatami-containers/tatami/tools/run"
 )
 
@@ -28,7 +29,7 @@ func (c *Comparison) WriteText(w io.Writer) error {
 	}
 	fmt.Fprintf(tw, "first exec at\t%s\n", row(median, func(r *run.Report) string { return fmt.Sprintf("%.2f s", r.FirstExec) }))
 	fmt.Fprintf(tw, "done at\t%s\n", row(median, func(r *run.Report) string { return fmt.Sprintf("%.2f s", r.Done) }))
-	fmt.Fprintf(tw, "over the link\t%s\n", row(median, func(r *run.Report) string { return run.Bytes(r.Fetched) }))
+	fmt.Fprintf(tw, "over the link\t%s\n", row(median, func(r *run.Report) string { return progress.Bytes(r.Fetched) }))
 	full := median[FullPull]
 	fmt.Fprintf(tw, "first exec, faster\t%s\n", row(median, func(r *run.Report) string { return fmt.Sprintf("%.1f×", full.FirstExec/r.FirstExec) }))
 	fmt.Fprintf(tw, "done, faster\t%s\n", row(median, func(r *run.Report) string { return fmt.Sprintf("%.1f×", full.Done/r.Done) }))

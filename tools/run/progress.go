@@ -10,12 +10,13 @@ import (
 	"time"
 
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/tools/progress"
 )
 
 const progressEvery = 200 * time.Millisecond
 
-// progress draws one line that tells how far the node is with the image.
-type progress struct {
+// nodeProgress draws one line that tells how far the node is with the image.
+type nodeProgress struct {
 	w    io.Writer
 	tty  bool
 	stop context.CancelFunc
@@ -24,9 +25,9 @@ type progress struct {
 
 // showProgress asks the node for its progress until close is called. On
 // something that is not a terminal it writes a line when the phase changes.
-func showProgress(ctx context.Context, w io.Writer, n api.NodeService, ref string) *progress {
+func showProgress(ctx context.Context, w io.Writer, n api.NodeService, ref string) *nodeProgress {
 	ctx, stop := context.WithCancel(ctx)
-	p := &progress{w: w, stop: stop}
+	p := &nodeProgress{w: w, stop: stop}
 	if w == nil {
 		return p
 	}
@@ -38,12 +39,12 @@ func showProgress(ctx context.Context, w io.Writer, n api.NodeService, ref strin
 	return p
 }
 
-func (p *progress) close() {
+func (p *nodeProgress) close() {
 	p.stop()
 	p.done.Wait()
 }
 
-func (p *progress) loop(ctx context.Context, n api.NodeService, ref string) {
+func (p *nodeProgress) loop(ctx context.Context, n api.NodeService, ref string) {
 	tick := time.NewTicker(progressEvery)
 	defer tick.Stop()
 	last, drawn := "", 0
@@ -70,10 +71,10 @@ func (p *progress) loop(ctx context.Context, n api.NodeService, ref string) {
 }
 
 // draw overwrites the line of before characters and returns the new length.
-func (p *progress) draw(r *api.ProgressResponse, before int) int {
+func (p *nodeProgress) draw(r *api.ProgressResponse, before int) int {
 	line := "tatami: " + r.Phase
 	if r.Total > 0 {
-		line += fmt.Sprintf(" %3d %%  %s of %s", 100*r.Done/r.Total, Bytes(r.Done), Bytes(r.Total))
+		line += fmt.Sprintf(" %3d %%  %s of %s", 100*r.Done/r.Total, progress.Bytes(r.Done), progress.Bytes(r.Total))
 	}
 	fmt.Fprintf(p.w, "\r%-*s", before, line)
 	return len(line)

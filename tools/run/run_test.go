@@ -36,14 +36,6 @@ func TestOptions(t *testing.T) {
 	}
 }
 
-func TestBytes(t *testing.T) {
-	for n, want := range map[int64]string{0: "0 B", 999: "999 B", 1000: "1.0 kB", 315_169_762: "315.2 MB", 1_092_857_856: "1.09 GB"} {
-		if got := Bytes(n); got != want {
-			t.Errorf("Bytes(%d) = %q, want %q", n, got, want)
-		}
-	}
-}
-
 func TestReport(t *testing.T) {
 	r := &Report{Image: "x", Phases: []Phase{{"resolve", 0, 1}, {"mount", 9, 1}}, FirstExec: 9.5, Done: 10,
 		CompressedSize: 100e6, Fetched: 25e6, Guest: &GuestReport{Hits: 3, VerifyFailures: 2, Sources: map[string]int64{"relay": 25e6}, Requests: map[string]int64{"relay": 7}}}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/tools/progress"
 )
 
 // Phase is a step of a start.
@@ -144,11 +145,11 @@ func bar(p Phase, total float64) string {
 }
 
 func (r *Report) bytesLine() string {
-	line := fmt.Sprintf("fetched from the registry: %s until the first exec, %s in all, of %s", Bytes(r.FetchedAtExec), Bytes(r.Fetched), Bytes(r.CompressedSize))
+	line := fmt.Sprintf("fetched from the registry: %s until the first exec, %s in all, of %s", progress.Bytes(r.FetchedAtExec), progress.Bytes(r.Fetched), progress.Bytes(r.CompressedSize))
 	if r.CompressedSize > 0 {
 		line += fmt.Sprintf(" (%.1f %%)", 100*float64(r.Fetched)/float64(r.CompressedSize))
 	}
-	return line + fmt.Sprintf("; unpacked the image has %s\n", Bytes(r.ImageSize))
+	return line + fmt.Sprintf("; unpacked the image has %s\n", progress.Bytes(r.ImageSize))
 }
 
 func (r *Report) guestLine() string {
@@ -158,23 +159,10 @@ func (r *Report) guestLine() string {
 	}
 	line := fmt.Sprintf("guest: %d reads answered at once, %d waited (%.2f s together)", g.Hits, g.Misses, g.WaitSeconds)
 	for name, n := range g.Sources {
-		line += fmt.Sprintf("; %s %s in %d requests", name, Bytes(n), g.Requests[name])
+		line += fmt.Sprintf("; %s %s in %d requests", name, progress.Bytes(n), g.Requests[name])
 	}
 	if g.VerifyFailures > 0 {
 		line += fmt.Sprintf("; %d chunks came wrong and were fetched again", g.VerifyFailures)
 	}
-	return line + fmt.Sprintf("; daemon %s resident\n", Bytes(g.Resident))
-}
-
-// Bytes writes a size in the unit that suits it, powers of 1000.
-func Bytes(n int64) string {
-	switch {
-	case n >= 1e9:
-		return fmt.Sprintf("%.2f GB", float64(n)/1e9)
-	case n >= 1e6:
-		return fmt.Sprintf("%.1f MB", float64(n)/1e6)
-	case n >= 1e3:
-		return fmt.Sprintf("%.1f kB", float64(n)/1e3)
-	}
-	return fmt.Sprintf("%d B", n)
+	return line + fmt.Sprintf("; daemon %s resident\n", progress.Bytes(g.Resident))
 }
