@@ -15,6 +15,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
 	"github.com/tatami-containers/tatami/rootfs/layer/tarball"
+	"github.com/tatami-containers/tatami/rootfs/layer/zstd"
 )
 
 // Options of Build. The zero value is the usual.
@@ -31,9 +32,10 @@ type Options struct {
 
 // Spans for Options.Span.
 const (
-	minSpan = 1 << 20
-	maxSpan = 4 << 20
-	spans   = 512 // of a blob, by compressed size
+	minSpan    = 1 << 20
+	maxSpan    = 4 << 20
+	spans      = 512 // of a blob, by compressed size
+	frameShare = 8   // how much closer checkpoints without a window may be
 )
 
 func (o Options) span(size int64) int64 {
@@ -43,7 +45,7 @@ func (o Options) span(size int64) int64 {
 	return min(max(size/spans, minSpan), maxSpan)
 }
 
-// Build reads a whole blob from r, plain or gzipped tar, and writes the plain
+// Build reads a whole blob from r, a tar that is plain or compressed with gzip or zstd, and writes the plain
 // bytes of its segment to seg, which may be a ZeroWriter. Nothing that was
 // written may be used before Build returns without an error: digest and size of
 // the blob are known only then. On error it may have to wait for a Read of r to
@@ -74,7 +76,7 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 	defer cancel()
 
 	// Three goroutines share the work: reading and hashing the blob, inflating
-	// (most of it), and here hashing and sorting out what comes out.
+	// (most of it, and zstd takes more), and here hashing and sorting out what comes out.
 	blob := &verified{ctx: ctx, r: r, desc: desc, verifier: desc.Digest.Verifier(), progress: opts.Progress}
 	packed := startAhead(ctx, &stages, blob)
 	head := make([]byte, 4)
@@ -84,23 +86,42 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 	}
 	whole := io.MultiReader(bytes.NewReader(head[:n]), packed)
 	b := builder{desc: desc, seg: newSegment(seg)}
-	switch {
-	case bytes.Equal(head[:n], []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		return nil, errZstd("the blob's compression")
-	case !gzip.IsGzip(head[:n]):
+	if !gzip.IsGzip(head[:n]) && !zstd.IsZstd(head[:n]) {
 		l, err := b.scan(whole, index.Tar)
 		return l, blame(err, whole)
 	}
-	z := new(gzip.Pool).NewReader(whole)
-	z.Record(opts.span(desc.Size))
+	z, format := opts.decoder(head[:n], whole, desc.Size)
+	defer func() {
+		cancel()
+		stages.Wait()
+		_ = z.Close() // never has an error
+	}()
 	plain := startAhead(ctx, &stages, z)
-	l, err := b.scan(plain, index.Gzip)
+	l, err := b.scan(plain, format)
 	if err != nil {
 		return nil, blame(err, plain, whole)
 	}
 	stages.Wait()
 	l.Access.Checkpoints = z.Checkpoints()
 	return l, nil
+}
+
+// recorder is a decoder that notes where later ones can start.
+type recorder interface {
+	plain
+	Checkpoints() []index.Checkpoint
+}
+
+// decoder reads a compressed blob of size bytes, of which head are the first.
+func (o Options) decoder(head []byte, blob io.Reader, size int64) (recorder, index.Format) {
+	if zstd.IsZstd(head) {
+		z := zstd.NewReader(blob)
+		z.Record(o.span(size) / frameShare)
+		return z, index.Zstd
+	}
+	z := new(gzip.Pool).NewReader(blob)
+	z.Record(o.span(size))
+	return z, index.Gzip
 }
 
 // blame finds out whether content that makes no sense is the publisher's fault:

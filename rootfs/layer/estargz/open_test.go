@@ -166,7 +166,7 @@ func samePlain(t *testing.T, l *index.Layer, plain []byte, reordered bool) {
 // compares files with the tar.
 func checkContent(t *testing.T, l *index.Layer, b *blob, plain []byte) {
 	t.Helper()
-	r := layer.NewReader(l, b)
+	r := layer.NewReader(l, layer.OneBlob(b))
 	read := func(off, n int64) []byte {
 		t.Helper()
 		s, err := r.Open(t.Context(), off, n)
