@@ -1,0 +1,2 @@
+// Package nydus makes a layer out of a Nydus image.
+package nydus
