@@ -2,10 +2,13 @@ package node
 
 import (
 	"bytes"
+	"encoding/json"
 	"io"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -69,20 +72,39 @@ func TestArtifact(t *testing.T) {
 			t.Errorf("bound %v: reading the second layer of %d bytes cost %d", bound, pushed.Layers[1].Size, got)
 		}
 		g.check(t, l, 0, base)
-		if bound != (len(object(t, l, kindManifest, digest.FromBytes(g.parent(t, l)))) > 0) {
-			t.Errorf("bound %v: the image index is not served as it should", bound)
+		if _, ok := l.Find(kindManifest, desc.Digest); ok != bound {
+			t.Errorf("bound %v: the artifact is served: %v", bound, ok)
 		}
 	}
 }
 
-// parent is the image index that a lease's image was chosen from; the manifest
-// if there is none.
-func (g *rig) parent(t *testing.T, l *Lease) []byte {
-	t.Helper()
-	if l.record.Parent.Digest == "" {
-		return nil
+// A guest that believes only what the image index binds gets that index, the
+// artifact and its files from the node.
+func TestBoundObjects(t *testing.T) {
+	g := newRig(t)
+	layers := []registrytest.Layer{tree{"etc/motd": "hello"}.gzip(t)}
+	pushed := g.push("app:v1", layers...)
+	files := g.layerFiles(t, "app", layers, sound)
+	desc := g.pushArtifact(t, "app", pushed.Desc, files)
+	top := g.reg.PushIndex("library/app", "v1", false, pushed.Desc, artifact.Bind(desc, pushed.Desc.Digest))
+	g.prepare(t, "app:v1")
+	g.restart(t)
+	l := g.lease(t, "app:v1")
+	var list ocispec.Index
+	if err := json.Unmarshal(object(t, l, kindManifest, top.Digest), &list); err != nil {
+		t.Fatal(err)
 	}
-	return registrytest.Must(g.readFile(l.record, parentFile))
+	bound, ok := artifact.Bound(&list, pushed.Desc.Digest)
+	if !ok {
+		t.Fatalf("the image index binds nothing: %+v", list)
+	}
+	found, err := artifact.Decode(object(t, l, kindManifest, bound.Digest), pushed.Desc.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := index.DecodeLayer(object(t, l, kindBlob, found.Layers[pushed.Layers[0].Digest].Digest)); err != nil {
+		t.Error(err)
+	}
 }
 
 // An artifact that is wrong costs the whole layer, not the image, and never
@@ -110,5 +132,30 @@ func TestBadArtifact(t *testing.T) {
 			}
 			g.check(t, g.lease(t, "app:v1"), 0, files)
 		})
+	}
+}
+
+// An index that describes other content than the image's config is found out as
+// soon as the layer is complete, and nothing of it is served any more.
+func TestForgedArtifact(t *testing.T) {
+	g := newRig(t)
+	files := tree{"etc/motd": text(1, 200_000)}
+	layers := []registrytest.Layer{files.gzip(t)}
+	pushed := g.push("app:v1", layers...)
+	forge := func(l *index.Layer) { l.Skeleton[0] ^= 1 } // another name in the tar
+	g.pushArtifact(t, "app", pushed.Desc, g.layerFiles(t, "app", layers, forge))
+	if p := g.prepare(t, "app:v1"); p.Index != "index" {
+		t.Fatalf("index %q", p.Index)
+	}
+	l := g.lease(t, "app:v1")
+	var err error
+	for start := time.Now(); err == nil && time.Since(start) < time.Minute; time.Sleep(10 * time.Millisecond) {
+		err = g.read(t.Context(), l, 0, files)
+	}
+	if !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), "diffID") {
+		t.Errorf("read of a forged layer: %v", err)
+	}
+	if !strings.Contains(g.log.String(), "poisoned") {
+		t.Error("nothing was logged")
 	}
 }

@@ -55,7 +55,7 @@ func (n *Node) index(ctx context.Context, repo *registry.Repository, img *image.
 // summary says where an image's index came from: from the most expensive way
 // that any layer took.
 func summary(layers []*layerIndex) indexed {
-	rank := map[string]int{fromNode: 0, formats.FromTOC: 1, formats.FromIndex: 2, fromBlob: 3}
+	rank := map[string]int{fromNode: 0, formats.FromTOC: 1, formats.FromNydus: 2, formats.FromIndex: 3, formats.FromSOCI: 4, fromBlob: 5}
 	out := indexed{from: fromNode}
 	seen := map[layerKey]bool{}
 	for _, l := range layers {

@@ -3,13 +3,17 @@ package formats
 import (
 	"context"
 	"io"
+	"slices"
+	"sync"
 	"sync/atomic"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/rootfs/artifact"
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
+	"github.com/tatami-containers/tatami/rootfs/layer/soci"
 )
 
 // maxReferrers bounds how many artifacts of one kind are read for an image.
@@ -22,25 +26,46 @@ func (f *Finder) Discover(ctx context.Context, beside bool) {
 	if desc, ok := artifact.Bound(f.image.Parent, f.image.Desc.Digest); ok {
 		f.take(ctx, desc, true)
 	}
-	if !beside {
-		return
+	if beside {
+		f.referrers(ctx)
 	}
-	refs, err := f.repo.Referrers(ctx, f.image.Desc.Digest, "")
+	f.findZtocs(ctx, beside)
+}
+
+// referrers reads the index artifacts that the registry lists for the image.
+func (f *Finder) referrers(ctx context.Context) {
+	refs, err := f.repo.Referrers(ctx, f.image.Desc.Digest, index.ArtifactType)
 	if err != nil {
 		f.log.Warn("the registry does not tell what refers to the image", "manifest", f.image.Desc.Digest, "error", err)
 	}
-	f.takeReferrers(ctx, refs)
-}
-
-func (f *Finder) takeReferrers(ctx context.Context, refs []ocispec.Descriptor) {
-	n := 0
-	for _, desc := range refs {
-		if desc.ArtifactType != index.ArtifactType || n == maxReferrers {
-			continue
-		}
-		n++
+	for _, desc := range refs[:min(len(refs), maxReferrers)] {
 		f.take(ctx, desc, false)
 	}
+}
+
+// findZtocs looks for indexes of SOCI, if there is a layer that needs one.
+func (f *Finder) findZtocs(ctx context.Context, beside bool) {
+	layers, err := f.Layers()
+	if err != nil || !slices.ContainsFunc(layers, func(l Layer) bool { return len(f.Ways(l)) == 0 }) {
+		return
+	}
+	var repo soci.Registry = f.repo
+	if !beside {
+		repo = withoutReferrers{f.repo}
+	}
+	f.ztocs, err = soci.Find(ctx, repo, soci.Image{
+		Digest: f.image.Desc.Digest, Manifest: f.image.ManifestBytes, Index: f.image.Parent,
+	})
+	if err != nil {
+		f.log.Warn("an index of SOCI cannot be used", "manifest", f.image.Desc.Digest, "error", err)
+	}
+}
+
+// withoutReferrers is a repository where nothing refers to anything.
+type withoutReferrers struct{ Repository }
+
+func (withoutReferrers) Referrers(context.Context, digest.Digest, string) ([]ocispec.Descriptor, error) {
+	return nil, nil
 }
 
 // take reads an index artifact.
@@ -64,9 +89,31 @@ type counted struct {
 	bytes atomic.Int64
 }
 
-func count(b layer.Blob) *counted { return &counted{Blob: b} }
-
 func (c *counted) ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, error) {
 	c.bytes.Add(n)
 	return c.Blob.ReadRange(ctx, off, n)
+}
+
+// counters count what is asked of several blobs.
+type counters struct {
+	mu  sync.Mutex
+	all []*counted // protected by mu
+}
+
+func (c *counters) count(b layer.Blob) layer.Blob {
+	one := &counted{Blob: b}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.all = append(c.all, one)
+	return one
+}
+
+func (c *counters) total() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	sum := int64(0)
+	for _, one := range c.all {
+		sum += one.bytes.Load()
+	}
+	return sum
 }

@@ -4,8 +4,8 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync"
 
-	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -13,7 +13,8 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/image"
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
-	"github.com/tatami-containers/tatami/rootfs/layer/estargz"
+	"github.com/tatami-containers/tatami/rootfs/layer/nydus"
+	"github.com/tatami-containers/tatami/rootfs/layer/soci"
 )
 
 // Repository is where an image and what was published beside it are read from.
@@ -44,8 +45,10 @@ type Way struct {
 
 // Kinds of ways.
 const (
-	FromTOC   = "toc"   // a table of contents in the blob
+	FromTOC   = "toc"   // a table of contents in the blob, or in an image of its own
 	FromIndex = "index" // an index artifact
+	FromSOCI  = "soci"  // an index of SOCI
+	FromNydus = "nydus" // the bootstrap of a Nydus image
 )
 
 // Finder knows the ways to the layers of one image.
@@ -54,6 +57,11 @@ type Finder struct {
 	blob  func(ocispec.Descriptor) layer.Blob
 	image *image.Image
 	log   *slog.Logger
+	ztocs map[digest.Digest]soci.Ztoc // by the digests of layers; set by Discover
+
+	external     sync.Once
+	externalTOCs map[digest.Digest]layer.Descriptor // by the digests of layers; set by external
+	externalErr  error
 
 	// Artifacts are the index artifacts that Discover has found, the best first.
 	Artifacts []Artifact
@@ -77,6 +85,9 @@ func New(repo Repository, blob func(ocispec.Descriptor) layer.Blob, img *image.I
 // Layers are what has to be merged to get the image, lowest first. It is of
 // class ErrInvalidArgument when there is a layer that no way can lead to.
 func (f *Finder) Layers() ([]Layer, error) {
+	if bootstrap, _, ok := nydus.Detect(f.descriptors()); ok {
+		return []Layer{{Descriptor: bootstrap}}, nil
+	}
 	var out []Layer
 	for _, l := range f.image.Layers {
 		if err := layer.CheckMediaType(l.MediaType); err != nil {
@@ -87,43 +98,31 @@ func (f *Finder) Layers() ([]Layer, error) {
 	return out, nil
 }
 
+func (f *Finder) descriptors() []layer.Descriptor {
+	var out []layer.Descriptor
+	for _, l := range f.image.Layers {
+		out = append(out, l.Descriptor)
+	}
+	return out
+}
+
 // Ways lists the ways to a layer, the best first. Before Discover these are
 // only those that the manifest itself tells.
 func (f *Finder) Ways(l Layer) []Way {
+	if nydus.IsBootstrap(l.Descriptor) {
+		return []Way{f.nydusWay(l)}
+	}
 	var out []Way
-	if toc := digest.Digest(l.Annotations[estargz.TOCDigest]); toc.Validate() == nil {
-		out = append(out, f.tocWay(l, toc))
+	if way, ok := f.tocWay(l); ok {
+		out = append(out, way)
 	}
 	for _, a := range f.Artifacts {
 		if desc, ok := a.Files.Layers[l.Digest]; ok {
 			out = append(out, f.fileWay(l, desc, a.Bound))
 		}
 	}
+	if ztoc, ok := f.ztocs[l.Digest]; ok {
+		out = append(out, f.sociWay(l, ztoc))
+	}
 	return out
-}
-
-func (f *Finder) tocWay(l Layer, toc digest.Digest) Way {
-	return Way{From: FromTOC, By: toc, Bound: true, Lazy: true, Open: func(ctx context.Context) (*index.Layer, int64, error) {
-		blob := count(f.blob(l.Descriptor))
-		made, err := estargz.Open(ctx, blob, l.Descriptor, toc)
-		return made, blob.bytes.Load(), err
-	}}
-}
-
-// fileWay takes the index from a layer file of an artifact.
-func (f *Finder) fileWay(l Layer, desc ocispec.Descriptor, bound bool) Way {
-	return Way{From: FromIndex, By: desc.Digest, Bound: bound, Open: func(ctx context.Context) (*index.Layer, int64, error) {
-		data, err := f.repo.Blob(ctx, desc)
-		if err != nil {
-			return nil, 0, err
-		}
-		made, err := index.DecodeLayer(data)
-		if err == nil && (made.Blob != l.Digest || made.BlobSize != l.Size) {
-			err = fmt.Errorf("it is of blob %s with %d bytes: %w", made.Blob, made.BlobSize, errdefs.ErrInvalidArgument)
-		}
-		if err != nil {
-			return nil, desc.Size, fmt.Errorf("index %s of layer %s: %w", desc.Digest, l.Digest, err)
-		}
-		return made, desc.Size, nil
-	}}
 }

@@ -30,7 +30,7 @@ const maxManifest = 4 << 20
 type Manifests interface {
 	// GetManifest returns the manifest that a tag names; ErrNotFound if there is
 	// none.
-	GetManifest(ctx context.Context, tag string) ([]byte, error)
+	GetManifest(ctx context.Context, tag string) (layer.Descriptor, []byte, error)
 }
 
 // FindExternal finds the blobs with the TOCs of layers of the image with a tag
@@ -57,7 +57,7 @@ func FindExternal(ctx context.Context, repo Manifests, tag string, layers []laye
 		return nil, nil
 	}
 	tag += externalSuffix
-	b, err := repo.GetManifest(ctx, tag)
+	_, b, err := repo.GetManifest(ctx, tag)
 	if errdefs.IsNotFound(err) {
 		return nil, nil
 	}

@@ -65,11 +65,11 @@ func TestOpenExternal(t *testing.T) {
 // manifests has manifests by tag.
 type manifests map[string][]byte
 
-func (m manifests) GetManifest(_ context.Context, tag string) ([]byte, error) {
+func (m manifests) GetManifest(_ context.Context, tag string) (layer.Descriptor, []byte, error) {
 	if b, ok := m[tag]; ok {
-		return b, nil
+		return layer.Descriptor{}, b, nil
 	}
-	return nil, fmt.Errorf("tag %q: %w", tag, errdefs.ErrNotFound)
+	return layer.Descriptor{}, nil, fmt.Errorf("tag %q: %w", tag, errdefs.ErrNotFound)
 }
 
 // tocImage is the manifest that ctr-remote writes for the TOCs of layers.

@@ -1,0 +1,124 @@
+package formats
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tatami-containers/tatami/rootfs/image"
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/layer"
+	"github.com/tatami-containers/tatami/rootfs/layer/estargz"
+	"github.com/tatami-containers/tatami/rootfs/layer/nydus"
+	"github.com/tatami-containers/tatami/rootfs/layer/soci"
+	"github.com/tatami-containers/tatami/rootfs/layer/zstdchunked"
+)
+
+// tocWay takes the index from a layer's table of contents, if the manifest
+// binds one.
+func (f *Finder) tocWay(l Layer) (Way, bool) {
+	if strings.HasSuffix(l.MediaType, "zstd") {
+		toc, ok := zstdchunked.TOC(l.Annotations)
+		return f.rangedWay(FromTOC, l, toc, func(ctx context.Context, b layer.Blob) (*index.Layer, error) {
+			return zstdchunked.Open(ctx, b, l.Descriptor)
+		}), ok
+	}
+	toc, ok := estargz.TOC(l.Annotations)
+	return f.rangedWay(FromTOC, l, toc, func(ctx context.Context, b layer.Blob) (*index.Layer, error) {
+		made, err := estargz.Open(ctx, b, l.Descriptor, toc)
+		if errdefs.IsInvalidArgument(err) {
+			return f.openExternal(ctx, l, toc, err)
+		}
+		return made, err
+	}), ok
+}
+
+// rangedWay is one that reads ranges of the layer's blob.
+func (f *Finder) rangedWay(from string, l Layer, by digest.Digest, open func(context.Context, layer.Blob) (*index.Layer, error)) Way {
+	return Way{From: from, By: by, Bound: true, Lazy: true, Open: func(ctx context.Context) (*index.Layer, int64, error) {
+		blob := &counted{Blob: f.blob(l.Descriptor)}
+		made, err := open(ctx, blob)
+		return made, blob.bytes.Load(), err
+	}}
+}
+
+// openExternal looks for the TOC of an eStargz layer, whose blob has none, in
+// the image that its converter may have put it into. inside says what was wrong
+// with the blob.
+func (f *Finder) openExternal(ctx context.Context, l Layer, toc digest.Digest, inside error) (*index.Layer, error) {
+	f.external.Do(func() {
+		if tag, ok := f.tag(); ok {
+			f.externalTOCs, f.externalErr = estargz.FindExternal(ctx, f.repo, tag, f.descriptors())
+		}
+	})
+	desc, ok := f.externalTOCs[l.Digest]
+	if !ok {
+		if f.externalErr != nil {
+			return nil, fmt.Errorf("%w; and no other image has its TOC: %w", inside, f.externalErr)
+		}
+		return nil, inside
+	}
+	body, err := f.blob(desc).ReadRange(ctx, 0, desc.Size)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	return estargz.OpenExternal(body, desc.Size, l.Descriptor, toc)
+}
+
+// tag is the one in the image's reference.
+func (f *Finder) tag() (string, bool) {
+	ref, err := image.ParseReference(f.image.Reference)
+	if err != nil {
+		return "", false
+	}
+	tagged, ok := ref.(reference.Tagged)
+	if !ok {
+		return "", false
+	}
+	return tagged.Tag(), true
+}
+
+// nydusWay takes the index of the whole image from its bootstrap.
+func (f *Finder) nydusWay(l Layer) Way {
+	return Way{From: FromNydus, By: l.Digest, Bound: true, Lazy: true, Open: func(ctx context.Context) (*index.Layer, int64, error) {
+		var blobs counters
+		made, err := nydus.Open(ctx, f.descriptors(), func(d layer.Descriptor) layer.Blob { return blobs.count(f.blob(d)) })
+		return made, blobs.total(), err
+	}}
+}
+
+// sociWay takes the index from a ztoc.
+func (f *Finder) sociWay(l Layer, ztoc soci.Ztoc) Way {
+	return Way{From: FromSOCI, By: ztoc.Digest, Bound: ztoc.Bound, Open: func(ctx context.Context) (*index.Layer, int64, error) {
+		data, err := f.repo.Blob(ctx, ocispec.Descriptor{Digest: ztoc.Digest, Size: ztoc.Size})
+		if err != nil {
+			return nil, 0, err
+		}
+		made, err := soci.Open(data, ztoc.Digest, l.Descriptor)
+		return made, ztoc.Size, err
+	}}
+}
+
+// fileWay takes the index from a layer file of an artifact.
+func (f *Finder) fileWay(l Layer, desc ocispec.Descriptor, bound bool) Way {
+	return Way{From: FromIndex, By: desc.Digest, Bound: bound, Open: func(ctx context.Context) (*index.Layer, int64, error) {
+		data, err := f.repo.Blob(ctx, desc)
+		if err != nil {
+			return nil, 0, err
+		}
+		made, err := index.DecodeLayer(data)
+		if err == nil && (made.Blob != l.Digest || made.BlobSize != l.Size) {
+			err = fmt.Errorf("it is of blob %s with %d bytes: %w", made.Blob, made.BlobSize, errdefs.ErrInvalidArgument)
+		}
+		if err != nil {
+			return nil, desc.Size, fmt.Errorf("index %s of layer %s: %w", desc.Digest, l.Digest, err)
+		}
+		return made, desc.Size, nil
+	}}
+}
