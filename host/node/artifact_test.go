@@ -155,7 +155,13 @@ func TestForgedArtifact(t *testing.T) {
 	if !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), "diffID") {
 		t.Errorf("read of a forged layer: %v", err)
 	}
-	if !strings.Contains(g.log.String(), "poisoned") {
+	l.Close()
+	log := g.log
+	g.restart(t)
+	if !strings.Contains(log.String(), "poisoned") {
 		t.Error("nothing was logged")
+	}
+	if err := g.read(t.Context(), g.lease(t, "app:v1"), 0, files); !errdefs.IsDataLoss(err) {
+		t.Errorf("read of a forged layer after a restart: %v", err)
 	}
 }
