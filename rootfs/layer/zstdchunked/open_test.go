@@ -22,6 +22,7 @@ import (
 
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
+	"github.com/tatami-containers/tatami/rootfs/layer/toc"
 	"github.com/tatami-containers/tatami/tests/layertest"
 	"github.com/tatami-containers/tatami/tests/torture"
 )
@@ -352,7 +353,7 @@ func FuzzAnchor(f *testing.F) {
 
 func checkPosition(t *testing.T, p position) {
 	t.Helper()
-	if p.off < frameHeader || p.len <= 0 || p.plain <= 0 || p.plain > 257<<20 || p.off+p.len < p.off && p.off < 1<<62 {
+	if p.off < frameHeader || p.len <= 0 || p.len > toc.MaxSize || p.plain <= 0 || p.plain > toc.MaxSize {
 		t.Fatalf("position %+v", p)
 	}
 }
