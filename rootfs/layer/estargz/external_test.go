@@ -17,6 +17,7 @@ import (
 
 	"github.com/tatami-containers/tatami/rootfs/layer"
 	"github.com/tatami-containers/tatami/tests/layertest"
+	"github.com/tatami-containers/tatami/tests/torture"
 )
 
 // convertExternal makes a blob without a TOC, and the blob with the TOC.
@@ -59,6 +60,32 @@ func TestOpenExternal(t *testing.T) {
 		if err == nil || !c.is(err) || !strings.Contains(err.Error(), b.Descriptor(nil).Digest.String()) {
 			t.Errorf("%s: %v", c.name, err)
 		}
+	}
+}
+
+// TestOpenLossless has a blob that unpacks to the very tar, which only a TOC
+// elsewhere allows.
+func TestOpenLossless(t *testing.T) {
+	for i, plain := range torture.Layers() {
+		var data, packed bytes.Buffer
+		c := externaltoc.NewGzipCompressorWithLevel(stdgzip.BestSpeed)
+		w := builder.NewWriterWithCompressor(&data, c)
+		if err := w.AppendTarLossLess(bytes.NewReader(plain)); err != nil {
+			t.Fatal(err)
+		}
+		sum, err := w.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.WriteTOCTo(&packed); err != nil {
+			t.Fatal(err)
+		}
+		b := &layertest.Blob{Data: data.Bytes()}
+		l, err := OpenExternal(&packed, int64(packed.Len()), b.Descriptor(nil), sum)
+		if err != nil {
+			t.Fatalf("layer %d: %v", i, err)
+		}
+		checkLayer(t, l, b, plain, false)
 	}
 }
 
