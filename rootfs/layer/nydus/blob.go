@@ -113,14 +113,14 @@ const recordSize = 80
 // record is what a bootstrap says of a chunk: RafsV5ChunkInfo of
 // rafs/src/metadata/layout/v5.rs, which v6 uses as well.
 type record struct {
-	sum          index.Sum
-	blob         uint32 // number in the blob table, from 0
-	flags        uint32
-	packed       uint32 // compressed bytes
-	plain        uint32 // bytes
-	off          uint64 // in the blob
-	fileOff      uint64 // v5 only: in the file
-	number       uint32 // in the blob's chunk information
+	sum     index.Sum
+	blob    uint32 // number in the blob table, from 0
+	flags   uint32
+	packed  uint32 // compressed bytes
+	plain   uint32 // bytes
+	off     uint64 // in the blob
+	fileOff uint64 // v5 only: in the file
+	number  uint32 // in the blob's chunk information
 }
 
 func parseRecord(b []byte) record {
