@@ -85,13 +85,18 @@ func checkHeader(b *blob, plain, header []byte) error {
 // readPoints makes checkpoints of gzip contexts (zran.rs): offset in the gzip
 // stream, offset in the plain stream, offset of the window, lengths of the
 // three, and how many bits of the byte before the first belong to it as well.
+// Windows do not overlap, so that as many are kept as were read.
 func (m *meta) readPoints() error {
+	left := len(m.windows)
 	for i := 0; i < len(m.contexts); i += contextSize {
 		c := m.contexts[i:]
 		in, out, bits := le.Uint64(c), le.Uint64(c[8:]), uint64(c[37])
 		window, err := m.windows.at(le.Uint64(c[16:]), uint64(le.Uint32(c[32:])))
 		if err != nil {
 			return err
+		}
+		if left -= len(window); left < 0 {
+			return invalid("windows of gzip contexts overlap")
 		}
 		if in == 0 || in > index.MaxSegment || out > index.MaxSegment || bits > 7 {
 			return invalid("gzip context %d begins at byte %d with %d bits, plain offset %d", i/contextSize, in, bits, out)
