@@ -150,6 +150,17 @@ func TestShared(t *testing.T) {
 	}
 }
 
+// TestLongSpan has a span that is too long to be checked in memory.
+func TestLongSpan(t *testing.T) {
+	const size = maxSpan + 1
+	sums := []any{"sha256:" + strings.Repeat("0", 64)}
+	z := write(node{"0.9", "", int64(size), int64(0), node{[]any{}}, node{byte(2), int32(0), sums, write(node{nil, int64(size), int64(size)})}})
+	_, err := Open(z, digest.FromBytes(z), layer.Descriptor{Digest: digest.FromString("layer"), Size: size})
+	if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "smaller --span-size") {
+		t.Error(err)
+	}
+}
+
 // TestDescriptor opens good ztocs for layers that cannot have them.
 func TestDescriptor(t *testing.T) {
 	b := packed(t, sample(t, 60))
