@@ -23,11 +23,15 @@ type Options struct {
 	// Span is how many plain bytes lie between two checkpoints of a gzip
 	// blob: what a random read has to inflate at most before it gets to its
 	// bytes. Each checkpoint keeps a window of 32 KiB. 0 means 1 MiB, and up
-	// to 4 MiB for blobs above 512 MiB.
+	// to 4 MiB for blobs above 512 MiB. Checkpoints without a window, as all
+	// those of zstd are, come up to 8 times as close.
 	Span int64
 	// Progress, if set, is told how many bytes of the blob were read so far.
 	// It is called by another goroutine, but not after Build has returned.
 	Progress func(read int64)
+	// Skeleton asks for Layer.Skeleton, with which DiffID can be checked when
+	// only the segment is there. It is left out if it would be above 1 GiB.
+	Skeleton bool
 }
 
 // Spans for Options.Span.
@@ -85,7 +89,7 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 		return nil, err
 	}
 	whole := io.MultiReader(bytes.NewReader(head[:n]), packed)
-	b := builder{desc: desc, seg: newSegment(seg)}
+	b := builder{desc: desc, seg: newSegment(seg), skeleton: opts.Skeleton}
 	if !gzip.IsGzip(head[:n]) && !zstd.IsZstd(head[:n]) {
 		l, err := b.scan(whole, index.Tar)
 		return l, blame(err, whole)
@@ -143,8 +147,9 @@ func blame(err error, rest ...io.Reader) error {
 
 // builder turns a tar stream into a layer.
 type builder struct {
-	desc Descriptor
-	seg  *segment
+	desc     Descriptor
+	seg      *segment
+	skeleton bool // is wanted
 }
 
 func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, error) {
@@ -155,7 +160,12 @@ func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, erro
 		sum = digest.Canonical.Hash()
 		plain = &tee{plain, sum}
 	}
-	res, err := tarball.Scan(plain, b.seg)
+	seg, bones := tarball.Segment(b.seg), new(skeleton)
+	if b.skeleton {
+		bones.r = plain
+		plain, seg = bones, beside{seg, bones}
+	}
+	res, err := tarball.Scan(plain, seg)
 	if err != nil {
 		return nil, err
 	}
@@ -170,7 +180,7 @@ func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, erro
 		l.DiffID = digest.NewDigest(digest.Canonical, sum)
 	}
 	l.Entries, l.Table = res.Entries, b.seg.table
-	l.Access.Extents = res.Extents
+	l.Access.Extents, l.Skeleton = res.Extents, bones.kept
 	return l, nil
 }
 
