@@ -167,6 +167,11 @@ func (p *parser) digests(info table) error {
 	if last := int64(info.int(infoMaxSpan)); n != len(spans) || int64(n) != last+1 {
 		return fmt.Errorf("%d digests for %d spans, the last of which has number %d", n, len(spans), last)
 	}
+	for i, s := range spans {
+		if s.Len > maxSpan {
+			return fmt.Errorf("span %d has %d bytes of the blob, over %d; make the index with a smaller --span-size", i, s.Len, int64(maxSpan))
+		}
+	}
 	i := 0
 	return info.each(infoSpanDigests, func(at int64) (err error) {
 		if spans[i].Sum, err = parseSum(p.buf.text(at)); err != nil {

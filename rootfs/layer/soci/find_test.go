@@ -1,6 +1,7 @@
 package soci
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"strings"
@@ -298,4 +299,38 @@ func TestFindFaults(t *testing.T) {
 	if _, err := Find(t.Context(), repository(t, b.reg), img); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("manifest that is none: %v", err)
 	}
+}
+
+// fixed is a registry in which every manifest has the same bytes.
+type fixed []byte
+
+func (f fixed) Manifest(context.Context, ocispec.Descriptor) ([]byte, error) { return f, nil }
+
+func (f fixed) Referrers(context.Context, digest.Digest, string) ([]ocispec.Descriptor, error) {
+	return []ocispec.Descriptor{{Digest: digest.FromBytes(f), Size: int64(len(f))}}, nil
+}
+
+// FuzzFind finds ztocs by any index of an image that names one, and of one that
+// does not.
+func FuzzFind(f *testing.F) {
+	img := loadReal(f)
+	for _, data := range img.blobs {
+		if json.Valid(data) {
+			f.Add(data)
+		}
+	}
+	images := []Image{img.image(f, TypeV1, false), img.image(f, TypeV2, true)}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		for _, image := range images {
+			found, err := Find(t.Context(), fixed(data), image)
+			if err != nil && !errdefs.IsInvalidArgument(err) {
+				t.Fatal(err)
+			}
+			for of, z := range found {
+				if z.Digest.Validate() != nil || z.Size < 1 || z.Size > MaxZtoc || !strings.Contains(string(image.Manifest), string(of)) {
+					t.Fatalf("layer %s: %+v", of, z)
+				}
+			}
+		}
+	})
 }

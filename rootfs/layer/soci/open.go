@@ -42,6 +42,7 @@ const maxDeflate = 1032
 const (
 	maxData  = 256 << 30 // bytes of files in a layer
 	maxPlain = 256 << 20 // bytes to inflate for nothing before a byte of a file
+	maxSpan  = 64 << 20  // bytes of a blob that are held in memory until they are checked
 )
 
 // Open makes a layer of its ztoc. The blob, which desc describes, is not read

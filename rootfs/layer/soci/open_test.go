@@ -51,8 +51,8 @@ func noise(n int) []byte {
 	return b[:n]
 }
 
-// sample is a plain layer with all kinds of entries and files of many sizes.
-func sample(tb testing.TB) []byte {
+// sample is a plain layer with all kinds of entries, and so many files more.
+func sample(tb testing.TB, files int) []byte {
 	tb.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -81,7 +81,7 @@ func sample(tb testing.TB) []byte {
 	add(&tar.Header{Name: "etc/.wh.gone", Mode: 0o644}, 700)
 	add(&tar.Header{Name: "var/.wh..wh..opq"}, 0)
 	add(&tar.Header{Name: ".wh..wh.aufs"}, 0)
-	for i := range 60 {
+	for i := range files {
 		add(&tar.Header{Name: fmt.Sprintf("f/%d", i), Mode: 0o600}, i*i*41%9000)
 	}
 	if err := w.Close(); err != nil {
@@ -136,7 +136,7 @@ func TestReal(t *testing.T) {
 
 // TestOpen opens ztocs that are written here.
 func TestOpen(t *testing.T) {
-	plain := sample(t)
+	plain := sample(t, 60)
 	cases := []struct {
 		name string
 		blob blob
@@ -296,7 +296,7 @@ func readDamaged(t *testing.T, l *index.Layer, bad blob, want []byte) (failed in
 
 // TestNames checks that names of chunks depend on the ztoc and on nothing else.
 func TestNames(t *testing.T) {
-	b := packed(t, sample(t))
+	b := packed(t, sample(t, 60))
 	first, err := openNode(b, ztocOf(t, b, options{span: 64 << 10}))
 	if err != nil {
 		t.Fatal(err)
