@@ -16,7 +16,7 @@ import (
 // core/images/annotations.go).
 const containerdName = "io.containerd.image.name"
 
-func openLayout(n Name) (Source, error) {
+func openLayout(n Name) (*fileSource, error) {
 	root, err := os.OpenRoot(n.Path)
 	if os.IsNotExist(err) {
 		err = fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
@@ -29,7 +29,7 @@ func openLayout(n Name) (Source, error) {
 
 // newLayoutSource takes over f, which has an OCI layout (image-spec,
 // image-layout.md), also when it fails.
-func newLayoutSource(f files, object string) (Source, error) {
+func newLayoutSource(f files, object string) (*fileSource, error) {
 	s := &fileSource{files: f, object: object}
 	index, err := readIndex(f)
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -230,6 +231,9 @@ func (d *layoutDest) list(desc ocispec.Descriptor, tag string) error {
 			annotations = map[string]string{}
 		}
 		annotations[ocispec.AnnotationRefName] = tag
+		if strings.Contains(tag, "/") {
+			annotations[containerdName] = tag
+		}
 		desc.Annotations = annotations
 	}
 	index.Manifests = slices.DeleteFunc(index.Manifests, func(old ocispec.Descriptor) bool {

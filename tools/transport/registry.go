@@ -5,7 +5,6 @@ import (
 	"context"
 	"io"
 
-	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/rootfs/layer"
@@ -58,11 +57,7 @@ type registryDest struct {
 }
 
 func newRegistryDest(n Name, c *registry.Client) *registryDest {
-	d := &registryDest{Repository: c.Repository(n.Reference)}
-	if t, ok := n.Reference.(reference.Tagged); ok {
-		d.tag = t.Tag()
-	}
-	return d
+	return &registryDest{Repository: c.Repository(n.Reference), tag: n.Object}
 }
 
 func (d *registryDest) Mount(ctx context.Context, desc ocispec.Descriptor, from Source) (bool, error) {

@@ -47,14 +47,14 @@ type Dest interface {
 	// PushStream writes a blob whose digest is known at its end.
 	PushStream(ctx context.Context, mediaType string, r io.Reader) (ocispec.Descriptor, error)
 	// PushManifest writes a manifest or index byte for byte, after all that it
-	// names. With tag "" it is found by its digest or, when it has a subject,
+	// names, and calls it tag. With tag "" it is found by its digest or, when it has a subject,
 	// as a referrer.
 	PushManifest(ctx context.Context, mediaType string, data []byte, tag string) (ocispec.Descriptor, error)
 	// Mount takes a blob from a source that keeps it in the same place, without
 	// reading it. It is false when there is no such way.
 	Mount(ctx context.Context, desc ocispec.Descriptor, from Source) (bool, error)
-	// Tag is what the destination's name says that the image is to be called;
-	// it is "" for a name with a digest.
+	// Tag is what the destination's name says that the image is to be called.
+	// PushManifest refuses a digest that is not the manifest's.
 	Tag() string
 	// Close completes a file, if one was to be written; its error counts.
 	Close() error
@@ -77,22 +77,28 @@ func NewClient(plainHTTP []string) *registry.Client {
 }
 
 // OpenSource opens what n names for reading.
-func OpenSource(ctx context.Context, n Name, opts Options) (src Source, err error) {
+func OpenSource(n Name, opts Options) (Source, error) {
 	switch n.Kind {
 	case Registry:
 		if opts.Registry == nil {
 			return nil, errNoClient(n)
 		}
 		return newRegistrySource(n, opts.Registry), nil
-	case Layout:
-		src, err = openLayout(n)
-	default:
-		err = errUnknownKind(n)
+	case Layout, OCIArchive, DockerArchive:
+		s, err := openFiles(n)
+		if err != nil {
+			return nil, fmt.Errorf("open %s: %w", n, err)
+		}
+		return s, nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", n, err)
+	return nil, errUnknownKind(n)
+}
+
+func openFiles(n Name) (*fileSource, error) {
+	if n.Kind == Layout {
+		return openLayout(n)
 	}
-	return src, nil
+	return openArchive(n)
 }
 
 // OpenDest opens what n names for writing. Directories and files are made.
@@ -105,8 +111,10 @@ func OpenDest(n Name, opts Options) (dst Dest, err error) {
 		return newRegistryDest(n, opts.Registry), nil
 	case Layout:
 		dst, err = newLayoutDest(n)
+	case OCIArchive, DockerArchive:
+		dst, err = newArchiveDest(n)
 	default:
-		err = errUnknownKind(n)
+		return nil, errUnknownKind(n)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open %s for writing: %w", n, err)
@@ -119,7 +127,7 @@ func errNoClient(n Name) error {
 }
 
 func errUnknownKind(n Name) error {
-	return fmt.Errorf("kind %q is not known: %w", n.Kind, errdefs.ErrInvalidArgument)
+	return fmt.Errorf("open an image at a place of kind %q, which is not known: %w", n.Kind, errdefs.ErrInvalidArgument)
 }
 
 // Resolve reads the image that the source's name means, for one platform. name

@@ -40,7 +40,7 @@ func parse(t *testing.T, s string) transport.Name {
 
 func source(t *testing.T, c *registry.Client, name string) transport.Source {
 	t.Helper()
-	s, err := transport.OpenSource(t.Context(), parse(t, name), transport.Options{Registry: c})
+	s, err := transport.OpenSource(parse(t, name), transport.Options{Registry: c})
 	if err != nil {
 		t.Fatal(err)
 	}
