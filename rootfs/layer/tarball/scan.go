@@ -238,7 +238,7 @@ func (s *scanner) attributes(e *index.Entry, h *header) error {
 	if e.UID, e.GID, err = Owner(h.uid, h.gid); err != nil {
 		return err
 	}
-	e.Xattrs, err = xattrs(h.pax)
+	e.Xattrs, err = Xattrs(h.pax)
 	return err
 }
 

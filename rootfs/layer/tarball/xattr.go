@@ -28,8 +28,8 @@ func KeepXattr(name string) bool {
 	return rest != "" && (class == "user" || class == "trusted" || class == "security")
 }
 
-// xattrs collects the extended attributes in pax records.
-func xattrs(records map[string]string) ([]index.Xattr, error) {
+// Xattrs collects the extended attributes in pax records, sorted by name.
+func Xattrs(records map[string]string) ([]index.Xattr, error) {
 	var list []index.Xattr
 	for key, value := range records {
 		name, ok := strings.CutPrefix(key, schilyXattr)
