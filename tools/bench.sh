@@ -22,9 +22,7 @@ tools/demo/image.sh "$cache/image"
 start_registry "$cache/registry"
 push() { skopeo copy --quiet --preserve-digests --dest-tls-verify=false "oci:$1:latest" "docker://$REGISTRY/$2"; }
 push "$cache/image/oci" bench/gzip:v1
-if [ ! -e "$cache/image/estargz/index.json" ]; then
-	go run ./tests/bench/toestargz "$cache/image/oci" "$cache/image/estargz"
-fi
+tools/demo/formats.sh "$cache/image/oci" "$cache/image" estargz
 push "$cache/image/estargz" bench/estargz:v1
 
 all='import os
