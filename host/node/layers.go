@@ -92,7 +92,7 @@ func (n *Node) hasLayer(blob digest.Digest) bool {
 func (n *Node) layer(ctx context.Context, repo *registry.Repository, f *formats.Finder, l formats.Layer, watch func(*atomic.Int64)) (*layerIndex, error) {
 	if l.Whole {
 		if kept := n.keptLayer(layerKey{blob: l.Digest}); kept != nil {
-			return kept, checkDiffID(kept.layer, l)
+			return kept, l.Check(kept.layer)
 		}
 	}
 	var errs []error
@@ -102,7 +102,7 @@ func (n *Node) layer(ctx context.Context, repo *registry.Repository, f *formats.
 		}
 		made, err := n.wayLayer(ctx, l, w)
 		if err == nil {
-			err = checkDiffID(made.layer, l)
+			err = l.Check(made.layer)
 		}
 		if err == nil || ctx.Err() != nil {
 			return made, err
@@ -149,19 +149,7 @@ func (n *Node) wholeLayer(ctx context.Context, repo *registry.Repository, l form
 	if err != nil {
 		return nil, outOfSpace(err)
 	}
-	return made, checkDiffID(made.layer, l)
-}
-
-// checkDiffID compares what a layer unpacked to with what the image's config
-// says. A TOC does not tell, and other algorithms than the node's cannot be
-// compared. Each image is compared by itself: of two that share a layer one
-// may be forged.
-func checkDiffID(l *index.Layer, want formats.Layer) error {
-	if l.DiffID == "" || want.DiffID == "" || l.DiffID == want.DiffID || l.DiffID.Algorithm() != want.DiffID.Algorithm() {
-		return nil
-	}
-	return fmt.Errorf("layer %s unpacks to diffID %s, the image's config says %s: the image is damaged or forged, build it again: %w",
-		want.Digest, l.DiffID, want.DiffID, errdefs.ErrDataLoss)
+	return made, l.Check(made.layer)
 }
 
 // buildLayer streams the whole blob once: into the store, and into an index.

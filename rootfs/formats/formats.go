@@ -25,12 +25,21 @@ type Repository interface {
 	Referrers(ctx context.Context, d digest.Digest, artifactType string) ([]ocispec.Descriptor, error)
 }
 
-// Layer is one layer of an image as it is merged.
+// Layer is one layer of an image as it is merged. Its DiffID is empty if it is
+// none of the image's config.
 type Layer struct {
-	ocispec.Descriptor
-	DiffID digest.Digest // as the image's config has it; empty when there is none
+	image.Layer
 	// Whole says that the blob is a tar that can be streamed, as a last resort.
 	Whole bool
+}
+
+// Check compares what the layer's index says that it unpacks to, if it does,
+// with what the image's config says.
+func (l Layer) Check(made *index.Layer) error {
+	if made.DiffID == "" || l.DiffID == "" {
+		return nil
+	}
+	return l.CheckDiffID(made.DiffID)
 }
 
 // Way is one way to a layer's index.
@@ -86,14 +95,14 @@ func New(repo Repository, blob func(ocispec.Descriptor) layer.Blob, img *image.I
 // class ErrInvalidArgument when there is a layer that no way can lead to.
 func (f *Finder) Layers() ([]Layer, error) {
 	if bootstrap, _, ok := nydus.Detect(f.descriptors()); ok {
-		return []Layer{{Descriptor: bootstrap}}, nil
+		return []Layer{{Layer: image.Layer{Descriptor: bootstrap}}}, nil
 	}
 	var out []Layer
 	for _, l := range f.image.Layers {
 		if err := layer.CheckMediaType(l.MediaType); err != nil {
 			return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
 		}
-		out = append(out, Layer{Descriptor: l.Descriptor, DiffID: l.DiffID, Whole: true})
+		out = append(out, Layer{Layer: l, Whole: true})
 	}
 	return out, nil
 }
@@ -112,15 +121,11 @@ func (f *Finder) Ways(l Layer) []Way {
 	if nydus.IsBootstrap(l.Descriptor) {
 		return []Way{f.nydusWay(l)}
 	}
-	var out []Way
+	out := f.fileWays(l, true)
 	if way, ok := f.tocWay(l); ok {
 		out = append(out, way)
 	}
-	for _, a := range f.Artifacts {
-		if desc, ok := a.Files.Layers[l.Digest]; ok {
-			out = append(out, f.fileWay(l, desc, a.Bound))
-		}
-	}
+	out = append(out, f.fileWays(l, false)...)
 	if ztoc, ok := f.ztocs[l.Digest]; ok {
 		out = append(out, f.sociWay(l, ztoc))
 	}

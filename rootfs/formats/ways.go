@@ -105,6 +105,17 @@ func (f *Finder) sociWay(l Layer, ztoc soci.Ztoc) Way {
 	}}
 }
 
+// fileWays are those by index artifacts, bound ones or others.
+func (f *Finder) fileWays(l Layer, bound bool) []Way {
+	var out []Way
+	for _, a := range f.Artifacts {
+		if desc, ok := a.Files.Layers[l.Digest]; ok && a.Bound == bound {
+			out = append(out, f.fileWay(l, desc, bound))
+		}
+	}
+	return out
+}
+
 // fileWay takes the index from a layer file of an artifact.
 func (f *Finder) fileWay(l Layer, desc ocispec.Descriptor, bound bool) Way {
 	return Way{From: FromIndex, By: desc.Digest, Bound: bound, Open: func(ctx context.Context) (*index.Layer, int64, error) {

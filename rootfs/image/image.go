@@ -43,8 +43,20 @@ type Layer struct {
 	DiffID digest.Digest
 }
 
+// CheckDiffID compares what a layer unpacked to with what the image's config
+// says. It is of class ErrDataLoss when they differ. Other algorithms than that
+// of the config cannot be compared and count as equal. Each image has to be
+// compared by itself: of two that share a layer one may be forged.
+func (l Layer) CheckDiffID(got digest.Digest) error {
+	if got == l.DiffID || got.Algorithm() != l.DiffID.Algorithm() {
+		return nil
+	}
+	return fmt.Errorf("layer %s unpacks to diffID %s, the image's config says %s: the image is damaged or forged, build it again: %w",
+		l.Digest, got, l.DiffID, errdefs.ErrDataLoss)
+}
+
 // Resolve reads the image that ref means, for the platform that fits best (see
-// DefaultPlatform). An index inside an index is followed once. The repository
+// DefaultPlatform); the zero platform takes a single image as it is. An index inside an index is followed once. The repository
 // of ref is not looked at: reg is asked for its tag or digest.
 func Resolve(ctx context.Context, reg Registry, ref reference.Named, platform ocispec.Platform) (*Image, error) {
 	return ResolveObject(ctx, reg, Object(ref), ref.String(), platform)
@@ -104,7 +116,7 @@ func (img *Image) readConfig(ctx context.Context, reg Registry, want ocispec.Pla
 	if err != nil {
 		return err
 	}
-	if config.Architecture != "" && rank(config.Platform, want) == 0 {
+	if want.Architecture != "" && config.Architecture != "" && rank(config.Platform, want) == 0 {
 		return fmt.Errorf("no image for platform %s; available: %s: %w", format(want), format(config.Platform), errdefs.ErrNotFound)
 	}
 	img.Config, img.ConfigBytes = config, data

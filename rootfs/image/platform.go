@@ -126,13 +126,17 @@ func available(list []ocispec.Descriptor) string {
 	return strings.Join(names, ", ")
 }
 
-func format(p ocispec.Platform) string {
+// FormatPlatform is "os/architecture[/variant]".
+func FormatPlatform(p ocispec.Platform) string {
 	s := p.OS + "/" + p.Architecture
 	if p.Variant != "" {
 		s += "/" + p.Variant
 	}
-	if len(s) > 64 {
-		s = s[:64]
-	}
-	return fmt.Sprintf("%q", s)
+	return s
+}
+
+// format is a platform for an error; it may come from anywhere.
+func format(p ocispec.Platform) string {
+	s := FormatPlatform(p)
+	return fmt.Sprintf("%q", s[:min(len(s), 64)])
 }

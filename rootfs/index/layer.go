@@ -1,6 +1,10 @@
 package index
 
-import "github.com/opencontainers/go-digest"
+import (
+	"fmt"
+
+	"github.com/opencontainers/go-digest"
+)
 
 // Layer is what is known of one layer: who its files are, what its segment
 // holds, and how the segment's bytes come out of the blob. An image whose files
@@ -34,6 +38,21 @@ const (
 	Zstd                      // one or more zstd frames, read from Checkpoints
 	Chunked                   // every chunk can be had by itself or with few neighbours: Pieces
 )
+
+// String is the format's name for people.
+func (f Format) String() string {
+	switch f {
+	case Tar:
+		return "tar"
+	case Gzip:
+		return "gzip"
+	case Zstd:
+		return "zstd"
+	case Chunked:
+		return "chunked"
+	}
+	return fmt.Sprintf("format %d", uint8(f))
+}
 
 // Access tells where the bytes of a segment are in its blob.
 type Access struct {

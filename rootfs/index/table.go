@@ -2,6 +2,7 @@ package index
 
 import (
 	"crypto/sha256"
+	"fmt"
 	"sort"
 
 	"github.com/opencontainers/go-digest"
@@ -30,6 +31,19 @@ const (
 	// source, which has checked the spans.
 	Vouched
 )
+
+// String is the algorithm's name for people.
+func (a Algorithm) String() string {
+	switch a {
+	case SHA256:
+		return "sha256"
+	case BLAKE3:
+		return "blake3"
+	case Vouched:
+		return "spans"
+	}
+	return fmt.Sprintf("algorithm %d", uint8(a))
+}
 
 // Sum is the digest of a chunk's plain bytes, or its name (see Algorithm).
 type Sum [32]byte

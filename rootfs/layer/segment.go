@@ -17,6 +17,14 @@ type ZeroWriter interface {
 	WriteZeros(n int64) error
 }
 
+// Discard is a segment's writer for those who want only its table.
+var Discard io.Writer = nowhere{}
+
+type nowhere struct{}
+
+func (nowhere) Write(p []byte) (int, error) { return len(p), nil }
+func (nowhere) WriteZeros(int64) error      { return nil }
+
 // segment cuts what is written to it into chunks and passes them on. Stretches
 // of zeros get no chunk.
 //

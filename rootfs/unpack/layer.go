@@ -62,7 +62,7 @@ func unpackLayer(ctx context.Context, dir string, blob io.Reader, desc ocispec.D
 
 // unpackBlob decompresses and unpacks r, and checks the digest of the plain bytes.
 func (e *extractor) unpackBlob(r io.Reader, diffID digest.Digest) error {
-	plain, err := decompress(r)
+	plain, err := Decompress(r)
 	if err != nil {
 		return fmt.Errorf("decompress: %w", err)
 	}

@@ -14,9 +14,9 @@ import (
 // program itself accepts without being asked (ZSTD_WINDOWLOG_LIMIT_DEFAULT).
 const maxWindow = 128 << 20
 
-// decompress finds out how a blob is packed. Media types are not asked: they
-// are often wrong, the first bytes never are.
-func decompress(r io.Reader) (io.ReadCloser, error) {
+// Decompress reads a layer's blob as a tar, however it is packed. Media types are
+// not asked: they are often wrong, the first bytes never are. It does not close r.
+func Decompress(r io.Reader) (io.ReadCloser, error) {
 	br := bufio.NewReaderSize(r, 64<<10)
 	magic, err := br.Peek(4)
 	if err != nil && err != io.EOF {

@@ -1,0 +1,74 @@
+package imageindex
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/layer/tarball"
+)
+
+// maxProfile bounds the paths of a profile.
+const maxProfile = 1 << 20
+
+// ReadProfile reads a plain list of paths, one a line, as stargz-snapshotter and
+// nydus use them. Empty lines and those that begin with # do not count.
+func ReadProfile(name string) ([]string, error) {
+	file, err := os.Open(name)
+	if err != nil {
+		return nil, fmt.Errorf("read profile: %w", err)
+	}
+	defer file.Close()
+	paths, err := parseProfile(file)
+	if err != nil {
+		return nil, fmt.Errorf("read profile %s: %w", name, err)
+	}
+	return paths, nil
+}
+
+func parseProfile(r io.Reader) ([]string, error) {
+	var paths []string
+	lines := bufio.NewScanner(r)
+	for n := 1; lines.Scan(); n++ {
+		text := strings.TrimSpace(lines.Text())
+		if text == "" || text[0] == '#' {
+			continue
+		}
+		path, err := tarball.Clean(text)
+		if err != nil || len(paths) == maxProfile {
+			return nil, fmt.Errorf("line %d: not one of up to %d paths: %w", n, maxProfile, errdefs.ErrInvalidArgument)
+		}
+		paths = append(paths, path)
+	}
+	return paths, lines.Err()
+}
+
+// prefetch finds the files of a profile among a layer's entries. Files that
+// follow each other in the segment make one range.
+func prefetch(entries []index.Entry, profile []string) []index.Range {
+	files := map[string]*index.Entry{}
+	for i := range entries {
+		if e := &entries[i]; e.Kind == index.File && e.Size > 0 {
+			files[e.Path] = e // the last one is what the layer shows
+		}
+	}
+	var out []index.Range
+	for _, path := range profile {
+		e := files[path]
+		if e == nil {
+			continue
+		}
+		delete(files, path)
+		if n := len(out); n > 0 && index.RoundUp(out[n-1].Off+out[n-1].Len) == e.Off {
+			out[n-1].Len = e.Off + e.Size - out[n-1].Off
+			continue
+		}
+		out = append(out, index.Range{Off: e.Off, Len: e.Size})
+	}
+	return out
+}
