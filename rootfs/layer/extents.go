@@ -116,9 +116,9 @@ func (e *extentRuns) openPacked() error {
 	}
 	var z plain
 	if e.r.layer.Access.Format == index.Zstd {
-		z = e.r.zstd.Resume(body, c)
+		z = zstdPool.Resume(body, c)
 	} else {
-		z = e.r.gzip.Resume(body, c)
+		z = gzipPool.Resume(body, c)
 	}
 	e.body, e.plain = &unpacked{body, z}, z
 	return discard(e.ctx, z, e.at-c.Out)

@@ -23,9 +23,13 @@ type Reader struct {
 	layer *index.Layer
 	blobs Blobs
 	own   Blob // the layer's; checked by spans if there are any
-	gzip  gzip.Pool
-	zstd  zstd.Pool
 }
+
+// Decoders are shared by all Readers, for most of those live for one fetch.
+var (
+	gzipPool gzip.Pool
+	zstdPool zstd.Pool
+)
 
 // Blobs finds a blob of a layer: its own or one of Access.Blobs.
 type Blobs func(ref index.BlobRef) Blob
