@@ -23,11 +23,15 @@ type Options struct {
 	// Span is how many plain bytes lie between two checkpoints of a gzip
 	// blob: what a random read has to inflate at most before it gets to its
 	// bytes. Each checkpoint keeps a window of 32 KiB. 0 means 1 MiB, and up
-	// to 4 MiB for blobs above 512 MiB.
+	// to 4 MiB for blobs above 512 MiB. Checkpoints without a window, as all
+	// those of zstd are, come up to 8 times as close.
 	Span int64
 	// Progress, if set, is told how many bytes of the blob were read so far.
 	// It is called by another goroutine, but not after Build has returned.
 	Progress func(read int64)
+	// Skeleton asks for Layer.Skeleton, with which DiffID can be checked when
+	// only the segment is there. It is left out if it would be above 1 GiB.
+	Skeleton bool
 }
 
 // Spans for Options.Span.
@@ -45,11 +49,11 @@ func (o Options) span(size int64) int64 {
 	return min(max(size/spans, minSpan), maxSpan)
 }
 
-// Build reads a whole blob from r, a tar that is plain or compressed with gzip or zstd, and writes the plain
-// bytes of its segment to seg, which may be a ZeroWriter. Nothing that was
-// written may be used before Build returns without an error: digest and size of
-// the blob are known only then. On error it may have to wait for a Read of r to
-// return.
+// Build reads a whole blob from r, a tar that is plain or compressed with gzip
+// or zstd, and writes the plain bytes of its segment to seg, which may be a
+// ZeroWriter. Nothing that was written may be used before Build returns without
+// an error: digest and size of the blob are known only then. On error it may
+// have to wait for a Read of r to return.
 //
 // Errors: ErrDataLoss for a blob that is not the one described (another copy may
 // be right) or that does not inflate, ErrInvalidArgument for a media type or, in
@@ -76,21 +80,20 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 	defer cancel()
 
 	// Three goroutines share the work: reading and hashing the blob, inflating
-	// (most of it, and zstd takes more), and here hashing and sorting out what comes out.
+	// (most of it; zstd's decoder has some more), and here hashing and sorting
+	// out what comes out.
 	blob := &verified{ctx: ctx, r: r, desc: desc, verifier: desc.Digest.Verifier(), progress: opts.Progress}
 	packed := startAhead(ctx, &stages, blob)
-	head := make([]byte, 4)
-	n, err := io.ReadFull(packed, head)
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+	head, whole, err := peek(packed)
+	if err != nil {
 		return nil, err
 	}
-	whole := io.MultiReader(bytes.NewReader(head[:n]), packed)
-	b := builder{desc: desc, seg: newSegment(seg)}
-	if !gzip.IsGzip(head[:n]) && !zstd.IsZstd(head[:n]) {
+	b := builder{desc: desc, seg: newSegment(seg), skeleton: opts.Skeleton}
+	if !gzip.IsGzip(head) && !zstd.IsZstd(head) {
 		l, err := b.scan(whole, index.Tar)
 		return l, blame(err, whole)
 	}
-	z, format := opts.decoder(head[:n], whole, desc.Size)
+	z, format := opts.decoder(head, whole, desc.Size)
 	defer func() {
 		cancel()
 		stages.Wait()
@@ -104,6 +107,17 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 	stages.Wait()
 	l.Access.Checkpoints = z.Checkpoints()
 	return l, nil
+}
+
+// peek returns the first bytes of a blob, which tell its compression, and the
+// whole of it.
+func peek(blob io.Reader) (head []byte, whole io.Reader, err error) {
+	head = make([]byte, 4)
+	n, err := io.ReadFull(blob, head)
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return nil, nil, err
+	}
+	return head[:n], io.MultiReader(bytes.NewReader(head[:n]), blob), nil
 }
 
 // recorder is a decoder that notes where later ones can start.
@@ -143,8 +157,9 @@ func blame(err error, rest ...io.Reader) error {
 
 // builder turns a tar stream into a layer.
 type builder struct {
-	desc Descriptor
-	seg  *segment
+	desc     Descriptor
+	seg      *segment
+	skeleton bool // is wanted
 }
 
 func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, error) {
@@ -155,7 +170,12 @@ func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, erro
 		sum = digest.Canonical.Hash()
 		plain = &tee{plain, sum}
 	}
-	res, err := tarball.Scan(plain, b.seg)
+	seg, bones := tarball.Segment(b.seg), new(skeleton)
+	if b.skeleton {
+		bones.r = plain
+		plain, seg = bones, beside{seg, bones}
+	}
+	res, err := tarball.Scan(plain, seg)
 	if err != nil {
 		return nil, err
 	}
@@ -170,7 +190,7 @@ func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, erro
 		l.DiffID = digest.NewDigest(digest.Canonical, sum)
 	}
 	l.Entries, l.Table = res.Entries, b.seg.table
-	l.Access.Extents = res.Extents
+	l.Access.Extents, l.Skeleton = res.Extents, bones.kept
 	return l, nil
 }
 

@@ -34,7 +34,7 @@ type Blobs func(ref index.BlobRef) Blob
 func OneBlob(b Blob) Blobs { return func(index.BlobRef) Blob { return b } }
 
 // NewReader reads the segment of l from its blobs. It keeps l, which must be
-// valid and not change.
+// valid (index.Layer.Validate) and not change.
 func NewReader(l *index.Layer, blobs Blobs) *Reader {
 	own := blobs(index.BlobRef{Digest: l.Blob, Size: l.BlobSize})
 	if spans := l.Access.Spans; len(spans) > 0 {
