@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/stargz-snapshotter/estargz"
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -29,6 +31,7 @@ type imageCase struct {
 	inline bool               // the layer has its bootstrap in it, and a merge makes that of the image
 	acl    bool               // with one; version 2.2 cannot
 	trees  []func() []tarFile // the layers, if not tree
+	dict   bool               // it shares chunks with an older image
 }
 
 // layers are the sources, the lowest first.
@@ -81,12 +84,14 @@ var imageCases = []imageCase{
 	{name: "v6-inline", source: "tar-rafs", args: []string{"-v6", small}, inline: true},
 	{name: "v6-inline-toc", kept: true, source: "tar-rafs", args: []string{"-v6", small, "--features=blob-toc"}, inline: true},
 	{name: "v6-zran", kept: true, source: "targz-ref", args: []string{"-v6", "--features=blob-toc"}, inline: true, trees: []func() []tarFile{large}},
+	{name: "v6-estargz", source: "estargz-ref", args: []string{"-v6", "--features=blob-toc"}, inline: true},
 	{name: "v6-merge", kept: true, source: "tar-rafs", args: []string{"-v6", small, "--features=blob-toc"}, inline: true, trees: []func() []tarFile{tree, upper}},
+	{name: "v6-dict", source: "tar-rafs", args: []string{"-v6", small}, dict: true},
 	{name: "v5-tiny", kept: true, source: "tar-rafs", args: []string{"-v5", small, "--compressor=none"}, trees: []func() []tarFile{tiny}},
 	{name: "v6-tiny", kept: true, source: "tar-rafs", args: []string{"-v6", small, "--compressor=none"}, trees: []func() []tarFile{tiny}},
 	{name: "v6-batch-zstd", kept: true, source: "dir-rafs", args: []string{"-v6", "--batch-size=0x2000", "--compressor=zstd"}, needs: "--batch-size", acl: true},
-	{name: "v6-batch-lz4-toc", kept: true, source: "tar-rafs", args: []string{"-v6", small, "--batch-size=0x2000", "--compressor=lz4_block", "--features=blob-toc"}, needs: "--batch-size", inline: true, acl: true},
-	{name: "v6-batch-none", source: "dir-rafs", args: []string{"-v6", small, "--batch-size=0x2000", "--compressor=none"}, needs: "--batch-size", acl: true},
+	{name: "v6-batch-lz4-toc", kept: true, source: "tar-rafs", args: []string{"-v6", "--chunk-size=0x2000", "--batch-size=0x2000", "--compressor=lz4_block", "--features=blob-toc"}, needs: "--batch-size", inline: true, acl: true},
+	{name: "v6-batch-none", source: "dir-rafs", args: []string{"-v6", "--chunk-size=0x2000", "--batch-size=0x2000", "--compressor=none"}, needs: "--batch-size", acl: true},
 	{name: "v6-crc", source: "dir-rafs", args: []string{"-v6", small, "--crc=crc32"}, needs: "--crc", acl: true},
 }
 
@@ -155,6 +160,9 @@ func source(t *testing.T, dir, kind string, files []tarFile) string {
 	switch kind {
 	case "targz-ref":
 		return write(t, dir, "source.tar.gz", gzipped(t, plain))
+	case "estargz-ref":
+		b := must(estargz.Build(io.NewSectionReader(bytes.NewReader(plain), 0, int64(len(plain))), estargz.WithChunkSize(8192)))(t)
+		return write(t, dir, "source.tar.gz", must(io.ReadAll(b))(t))
 	case "tar-rafs":
 		return write(t, dir, "source.tar", plain)
 	}
@@ -183,6 +191,12 @@ func (x *tool) create(t *testing.T, c *imageCase, dir string) {
 		if err := os.Mkdir(blobs, 0o700); err != nil {
 			t.Fatal(err)
 		}
+		if c.dict {
+			old := filepath.Join(work, "old")
+			lower := source(t, t.TempDir(), "tar-rafs", append(tiny(), regular("big", text(2, 30_000))))
+			x.run(t, "", "create", "--log-level=warn", "--type=tar-rafs", "-v6", small, "--bootstrap="+old, "--blob-dir="+blobs, lower)
+			args = append(args, "--chunk-dict=bootstrap="+old)
+		}
 		src := source(t, work, c.source, c.layers()[0])
 		x.run(t, "/etc\n/many\n", append(args, "--prefetch-policy=fs", "--bootstrap="+boot, "--blob-dir="+blobs, src)...)
 		for _, e := range must(os.ReadDir(blobs))(t) {
@@ -202,7 +216,7 @@ func (x *tool) createInline(t *testing.T, c *imageCase, args []string, boot, dir
 		blob := filepath.Join(work, "layer")
 		src := source(t, work, c.source, files)
 		x.run(t, "", append(args, "--blob-inline-meta", "--blob="+blob, src)...)
-		l := inlineLayer{read(t, blob), read(t, src), c.source == "targz-ref"}
+		l := inlineLayer{read(t, blob), read(t, src), strings.HasSuffix(c.source, "-ref")}
 		layers = append(layers, l)
 		write(t, dir, fmt.Sprintf("%d.blob", i), l.blob)
 		if l.ref {
@@ -316,7 +330,10 @@ func TestNydusImage(t *testing.T) {
 				}
 			}
 			x.create(t, &c, dir)
-			load(t, dir).check(t, c.want(t))
+			l := load(t, dir).check(t, c.want(t))
+			if blobs := len(c.layers()); c.dict && len(l.Access.Blobs) != blobs+1 {
+				t.Errorf("chunks are in %d blobs, want %d", len(l.Access.Blobs), blobs+1)
+			}
 		})
 	}
 }
