@@ -390,9 +390,7 @@ func TestCheckpointsAreBounded(t *testing.T) {
 	checkRanges(t, blob, plain, points)
 }
 
-// FuzzReader holds that a blob means what klauspost's decoder of whole streams
-// says, however it is read.
-func FuzzReader(f *testing.F) {
+func addSeeds(f *testing.F) {
 	plain := mixed(3000)
 	for _, b := range [][]byte{
 		nil, frame(nil), frame(plain), manyFrames(plain, 700), seekable(plain, 1000),
@@ -402,7 +400,15 @@ func FuzzReader(f *testing.F) {
 	} {
 		f.Add(b)
 	}
-	const limit = 16 << 20
+}
+
+// fuzzLimit is how many plain bytes of a fuzzed blob are looked at.
+const fuzzLimit = 16 << 20
+
+// FuzzReader holds that a blob means what klauspost's decoder of whole streams
+// says, from its start and from every checkpoint.
+func FuzzReader(f *testing.F) {
+	addSeeds(f)
 	oracle, err := kzstd.NewReader(nil, kzstd.WithDecoderMaxWindow(MaxWindow), kzstd.WithDecoderConcurrency(1))
 	if err != nil {
 		f.Fatal(err)
@@ -412,37 +418,52 @@ func FuzzReader(f *testing.F) {
 		if err := oracle.Reset(io.MultiReader(bytes.NewReader(blob))); err != nil {
 			t.Fatal(err)
 		}
-		want, wantErr := io.ReadAll(io.LimitReader(oracle, limit))
-		if len(want) == limit {
+		want, wantErr := io.ReadAll(io.LimitReader(oracle, fuzzLimit))
+		if len(want) == fuzzLimit {
 			return
 		}
-		whole := NewReader(bytes.NewReader(blob))
-		defer whole.Close()
-		whole.Record(1)
-		part := pool.Resume(bytes.NewReader(blob), index.Checkpoint{})
-		defer part.Close()
-		for _, r := range []*Reader{whole, part} {
-			got, err := io.ReadAll(r)
-			if (err == nil) != (wantErr == nil && len(blob) > 0) {
-				t.Fatalf("error %v, klauspost's %v", err, wantErr)
-			}
-			if err == nil && !bytes.Equal(got, want) {
-				t.Fatal("other bytes than klauspost's")
-			}
-			if err != nil && !errdefs.IsDataLoss(err) && !errdefs.IsInvalidArgument(err) && !errors.Is(err, io.ErrUnexpectedEOF) {
-				t.Fatalf("error without a class: %v", err)
-			}
+		r := pool.Resume(bytes.NewReader(blob), index.Checkpoint{})
+		defer r.Close()
+		r.Record(1)
+		got, err := io.ReadAll(r)
+		if (err == nil) != (wantErr == nil && len(blob) > 0) {
+			t.Fatalf("error %v, klauspost's %v", err, wantErr)
 		}
-		if wantErr != nil {
+		if err != nil && !errdefs.IsDataLoss(err) && !errdefs.IsInvalidArgument(err) && !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Fatalf("error without a class: %v", err)
+		}
+		if err != nil {
 			return
 		}
-		for _, c := range whole.Checkpoints() {
-			r := pool.Resume(bytes.NewReader(blob[c.Bit/8:]), c)
-			got, err := io.ReadAll(r)
+		if !bytes.Equal(got, want) {
+			t.Fatal("other bytes than klauspost's")
+		}
+		for _, c := range r.Checkpoints() {
+			part := pool.Resume(bytes.NewReader(blob[c.Bit/8:]), c)
+			got, err := io.ReadAll(part)
 			if err != nil || !bytes.Equal(got, want[c.Out:]) {
 				t.Fatalf("from checkpoint %+v: %d bytes of %d, %v", c, len(got), len(want), err)
 			}
-			r.Close()
+			part.Close()
+		}
+	})
+}
+
+// FuzzNewReader holds that decoding with several goroutines makes no
+// difference. It is a target of its own because what such code covers varies
+// from run to run, which makes fuzzing slow.
+func FuzzNewReader(f *testing.F) {
+	addSeeds(f)
+	var pool Pool
+	f.Fuzz(func(t *testing.T, blob []byte) {
+		one := pool.Resume(bytes.NewReader(blob), index.Checkpoint{})
+		defer one.Close()
+		want, wantErr := io.ReadAll(io.LimitReader(one, fuzzLimit))
+		many := NewReader(bytes.NewReader(blob))
+		defer many.Close()
+		got, err := io.ReadAll(io.LimitReader(many, fuzzLimit))
+		if (err == nil) != (wantErr == nil) || err == nil && !bytes.Equal(got, want) {
+			t.Fatalf("%d bytes, %v; by one goroutine %d, %v", len(got), err, len(want), wantErr)
 		}
 	})
 }
