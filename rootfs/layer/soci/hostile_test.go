@@ -1,6 +1,7 @@
 package soci
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"slices"
@@ -31,6 +32,23 @@ func file(n node, name string) node {
 	return nil
 }
 
+// clone copies a node, so that a test can change it.
+func clone(v any) any {
+	switch v := v.(type) {
+	case node:
+		return node(clone([]any(v)).([]any))
+	case []any:
+		list := make([]any, len(v))
+		for i, e := range v {
+			list[i] = clone(e)
+		}
+		return list
+	case []byte:
+		return bytes.Clone(v)
+	}
+	return v
+}
+
 // setPoint changes a 64-bit field of a checkpoint: 0 is its offset in the blob,
 // 8 the plain one.
 func setPoint(n node, i, field int, v int64) {
@@ -41,6 +59,15 @@ func setPoint(n node, i, field int, v int64) {
 func TestHostile(t *testing.T) {
 	plain := sample(t, 60)
 	zipped := packed(t, plain)
+	plainZtoc, zippedZtoc := ztocOf(t, plain, options{span: 50_000}), ztocOf(t, zipped, options{span: 64 << 10})
+	for _, b := range []struct {
+		blob
+		node
+	}{{plain, plainZtoc}, {zipped, zippedZtoc}} {
+		if _, err := openNode(b.blob, b.node); err != nil {
+			t.Fatalf("before any change: %v", err)
+		}
+	}
 	large := func(n node) node { return file(n, "etc/large") }
 	cases := []struct {
 		name   string
@@ -100,13 +127,9 @@ func TestHostile(t *testing.T) {
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			b, span := zipped, int64(64<<10)
-			if c.tar {
-				b, span = plain, 50_000
-			}
-			n := ztocOf(t, b, options{span: span})
-			if _, err := openNode(b, n); err != nil {
-				t.Fatalf("before the change: %v", err)
+			b, n := blob(plain), clone(plainZtoc).(node)
+			if !c.tar {
+				b, n = zipped, clone(zippedZtoc).(node)
 			}
 			c.change(n)
 			l, err := openNode(b, n)
