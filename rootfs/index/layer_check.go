@@ -5,8 +5,8 @@ import "fmt"
 // Limits that keep sums of offsets far from overflow, in bytes.
 const (
 	maxBlob   = 1 << 50
-	maxStream = 1 << 56 // of an uncompressed tar
-	maxSpan   = 1 << 30 // that have one digest, and are read for one byte of them
+	maxStream = 1 << 56  // of an uncompressed tar
+	maxSpan   = 64 << 20 // that have one digest, and are read for one byte of them
 )
 
 // Limits of numbers of things.

@@ -29,10 +29,14 @@ func (s *spanned) Size() int64 { return s.blob.Size() }
 // ReadRange implements Blob; it asks for whole spans. Bytes that no span covers
 // are ErrDataLoss.
 func (s *spanned) ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, error) {
-	first := sort.Search(len(s.spans), func(i int) bool { return s.spans[i].End() > off })
+	// The last one that has the first byte: neighbours may share it.
+	first := sort.Search(len(s.spans), func(i int) bool { return s.spans[i].Off > off }) - 1
 	last := sort.Search(len(s.spans), func(i int) bool { return s.spans[i].End() >= off+n })
-	if first == len(s.spans) || last == len(s.spans) {
-		return nil, s.uncovered(s.spans[len(s.spans)-1].End())
+	if first < 0 || s.spans[first].End() <= off {
+		return nil, s.uncovered(off)
+	}
+	if last == len(s.spans) {
+		return nil, s.uncovered(s.spans[last-1].End())
 	}
 	start := s.spans[first].Off
 	body, err := s.blob.ReadRange(ctx, start, s.spans[last].End()-start)
