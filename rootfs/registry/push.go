@@ -204,7 +204,7 @@ func (r *Repository) follow(s session, resp *http.Response) (session, error) {
 // streamUpload sends a body of unknown length, as docker push does.
 func (r *Repository) streamUpload(ctx context.Context, s session, src io.Reader) (session, error) {
 	resp, err := r.write(ctx, write{
-		method: http.MethodPatch, address: s.address, object: s.object, authorization: s.authorization,
+		method: http.MethodPatch, address: s.address, object: s.object, session: true, authorization: s.authorization,
 		mediaType: octets, stream: src, size: -1,
 	}, http.StatusAccepted, http.StatusNoContent)
 	if err != nil {
@@ -216,7 +216,10 @@ func (r *Repository) streamUpload(ctx context.Context, s session, src io.Reader)
 
 // finishUpload sends the blob, or with a nil src nothing more, and closes the session.
 func (r *Repository) finishUpload(ctx context.Context, s session, desc ocispec.Descriptor, src io.Reader) error {
-	w := write{method: http.MethodPut, object: s.object, authorization: s.authorization, mediaType: octets, stream: src, size: desc.Size}
+	w := write{
+		method: http.MethodPut, object: s.object, session: true, authorization: s.authorization,
+		mediaType: octets, stream: src, size: desc.Size,
+	}
 	if src != nil && desc.Size == 0 {
 		// net/http takes a body of length 0 for one of unknown length.
 		if _, err := io.Copy(io.Discard, src); err != nil {

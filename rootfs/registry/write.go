@@ -44,7 +44,8 @@ type write struct {
 	stream    io.Reader // the body
 	size      int64     // of stream in bytes; -1 when not known
 
-	authorization string          // header of the request that this one continues, or ""
+	session       bool            // it goes on with an upload
+	authorization string          // header of the request that began the upload, or ""
 	from          reference.Named // another repository that is to be read, or nil
 }
 
@@ -144,8 +145,8 @@ func (r *Repository) writeError(w write, resp *http.Response, a *attempt) *Error
 		e.Class = errdefs.ErrResourceExhausted
 		e.Remedy = "the registry, or a proxy in front of it, takes nothing that large"
 	case http.StatusNotFound:
-		if w.stream != nil { // the upload is not known any more
-			e.stale, e.Remedy = true, ""
+		if w.session {
+			e.stale, e.Remedy = true, "the registry has forgotten the upload"
 		}
 	}
 	return e

@@ -100,15 +100,25 @@ func (d Dir) Image() (img Image, err error) {
 // Finish writes the config, the manifest with it, and the index with that. The
 // image's layers are there already.
 func (d Dir) Finish(img Image) error {
-	var err error
-	if img.Manifest.Config, err = d.PutJSON(ocispec.MediaTypeImageConfig, img.Config); err != nil {
-		return err
-	}
-	img.Manifest.Versioned, img.Manifest.MediaType = specs.Versioned{SchemaVersion: 2}, ocispec.MediaTypeImageManifest
-	desc, err := d.PutJSON(ocispec.MediaTypeImageManifest, img.Manifest)
+	desc, err := d.PutImage(img)
 	if err != nil {
 		return err
 	}
+	return d.Seal(desc)
+}
+
+// PutImage writes the config and the manifest with it.
+func (d Dir) PutImage(img Image) (desc ocispec.Descriptor, err error) {
+	if img.Manifest.Config, err = d.PutJSON(ocispec.MediaTypeImageConfig, img.Config); err != nil {
+		return desc, err
+	}
+	img.Manifest.Versioned, img.Manifest.MediaType = specs.Versioned{SchemaVersion: 2}, ocispec.MediaTypeImageManifest
+	return d.PutJSON(ocispec.MediaTypeImageManifest, img.Manifest)
+}
+
+// Seal gives a manifest or an index of manifests the tag and completes the
+// layout.
+func (d Dir) Seal(desc ocispec.Descriptor) error {
 	desc.Annotations = map[string]string{ocispec.AnnotationRefName: Tag}
 	index, err := json.Marshal(ocispec.Index{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex,

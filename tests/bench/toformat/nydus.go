@@ -148,14 +148,16 @@ func (n nydus) open(nl *nydusLayer, blob string) error {
 func (n nydus) merge(layers []nydusLayer, work string) (boot string, blobs []string, err error) {
 	boot, report := filepath.Join(work, "bootstrap"), filepath.Join(work, "merged.json")
 	args := []string{"merge", "--log-level", "warn", "--prefetch-policy", "fs", "--output-json", report, "--bootstrap", boot}
-	var digests, tocs, sizes []string
 	for _, l := range layers {
 		args = append(args, l.bootstrap)
-		digests = append(digests, l.desc.Digest.Encoded())
-		tocs = append(tocs, l.toc.Encoded())
-		sizes = append(sizes, strconv.FormatInt(l.desc.Size, 10))
 	}
 	if n.ref {
+		var digests, tocs, sizes []string
+		for _, l := range layers {
+			digests = append(digests, l.desc.Digest.Encoded())
+			tocs = append(tocs, l.toc.Encoded())
+			sizes = append(sizes, strconv.FormatInt(l.desc.Size, 10))
+		}
 		args = append(args, "--blob-digests", strings.Join(digests, ","), "--blob-toc-digests", strings.Join(tocs, ","),
 			"--blob-sizes", strings.Join(sizes, ","))
 	}
