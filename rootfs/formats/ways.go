@@ -123,13 +123,27 @@ func (f *Finder) fileWay(l Layer, desc ocispec.Descriptor, bound bool) Way {
 		if err != nil {
 			return nil, 0, err
 		}
-		made, err := index.DecodeLayer(data)
-		if err == nil && (made.Blob != l.Digest || made.BlobSize != l.Size) {
-			err = fmt.Errorf("it is of blob %s with %d bytes: %w", made.Blob, made.BlobSize, errdefs.ErrInvalidArgument)
-		}
+		made, err := decodeFile(l, data)
 		if err != nil {
 			return nil, desc.Size, fmt.Errorf("index %s of layer %s: %w", desc.Digest, l.Digest, err)
 		}
 		return made, desc.Size, nil
 	}}
+}
+
+// decodeFile reads a layer file, which must be of the layer. One whose sums are
+// names is refused: a publisher could give its chunks the names of another's,
+// and so its bytes to the other's image.
+func decodeFile(l Layer, data []byte) (*index.Layer, error) {
+	made, err := index.DecodeLayer(data)
+	if err != nil {
+		return nil, err
+	}
+	if made.Blob != l.Digest || made.BlobSize != l.Size {
+		return nil, fmt.Errorf("it is of blob %s with %d bytes: %w", made.Blob, made.BlobSize, errdefs.ErrInvalidArgument)
+	}
+	if made.Table.Algorithm == index.Vouched {
+		return nil, fmt.Errorf("it has no digests of chunks: %w", errdefs.ErrInvalidArgument)
+	}
+	return made, nil
 }
