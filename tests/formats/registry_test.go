@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	oras "oras.land/oras-go/v2"
 	"oras.land/oras-go/v2/content/oci"
 	"oras.land/oras-go/v2/registry/remote"
@@ -70,12 +71,34 @@ func (r registry) push(t *testing.T, layout, repo, tag string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	to, err := remote.NewRepository(r.host + "/" + repo)
-	if err != nil {
-		t.Fatal(err)
-	}
-	to.PlainHTTP = true
+	to := r.repository(t, repo)
 	if _, err := oras.Copy(ctx, from, ocilayout.Tag, to, tag, oras.DefaultCopyOptions); err != nil {
 		t.Fatalf("push %s: %v", layout, err)
 	}
+}
+
+// pushBlobs copies blobs that a copy of their image leaves out: foreign layers.
+func (r registry) pushBlobs(t *testing.T, from ocilayout.Dir, repo string, blobs []ocispec.Descriptor) {
+	t.Helper()
+	to := r.repository(t, repo)
+	for _, b := range blobs {
+		f, err := os.Open(from.Path(b.Digest))
+		if err == nil {
+			err = to.Blobs().Push(t.Context(), b, f)
+			f.Close()
+		}
+		if err != nil {
+			t.Fatalf("push %s: %v", b.Digest, err)
+		}
+	}
+}
+
+func (r registry) repository(t *testing.T, name string) *remote.Repository {
+	t.Helper()
+	repo, err := remote.NewRepository(r.host + "/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	repo.PlainHTTP = true
+	return repo
 }
