@@ -12,8 +12,6 @@ import (
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	oras "oras.land/oras-go/v2"
-	"oras.land/oras-go/v2/content/oci"
 	"oras.land/oras-go/v2/registry/remote"
 
 	"github.com/tatami-containers/tatami/tests/ocilayout"
@@ -67,20 +65,19 @@ func (r registry) push(t *testing.T, layout, repo, tag string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	from, err := oci.NewWithContext(ctx, layout)
-	if err != nil {
+	if err := ocilayout.Dir(layout).Push(ctx, r.host+"/"+repo, tag); err != nil {
 		t.Fatal(err)
-	}
-	to := r.repository(t, repo)
-	if _, err := oras.Copy(ctx, from, ocilayout.Tag, to, tag, oras.DefaultCopyOptions); err != nil {
-		t.Fatalf("push %s: %v", layout, err)
 	}
 }
 
 // pushBlobs copies blobs that a copy of their image leaves out: foreign layers.
 func (r registry) pushBlobs(t *testing.T, from ocilayout.Dir, repo string, blobs []ocispec.Descriptor) {
 	t.Helper()
-	to := r.repository(t, repo)
+	to, err := remote.NewRepository(r.host + "/" + repo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	to.PlainHTTP = true
 	for _, b := range blobs {
 		f, err := os.Open(from.Path(b.Digest))
 		if err == nil {
@@ -91,14 +88,4 @@ func (r registry) pushBlobs(t *testing.T, from ocilayout.Dir, repo string, blobs
 			t.Fatalf("push %s: %v", b.Digest, err)
 		}
 	}
-}
-
-func (r registry) repository(t *testing.T, name string) *remote.Repository {
-	t.Helper()
-	repo, err := remote.NewRepository(r.host + "/" + name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	repo.PlainHTTP = true
-	return repo
 }
