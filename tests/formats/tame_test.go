@@ -67,7 +67,8 @@ func text([]byte) edit {
 }
 
 // once keeps the last entry for a name where there are several, and no link to
-// such a name: newer makers of zstd:chunked refuse two.
+// such a name: newer makers of zstd:chunked refuse two, and the estargz library
+// keeps the last one only, which may come behind a link to the first.
 func once(b []byte) edit {
 	left := map[string]int{}
 	_ = eachEntry(b, func(h *tar.Header, _ io.Reader) error { // the same tar is read again, with its errors
