@@ -16,7 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
-	base_ "github.com/tatami-containers/tatami/rootfs/layer"
+	plainlayer "github.com/tatami-containers/tatami/rootfs/layer"
 	ours "github.com/tatami-containers/tatami/rootfs/layer/estargz"
 	"github.com/tatami-containers/tatami/tools/convert"
 )
@@ -142,7 +142,7 @@ func TestOurs(t *testing.T) {
 
 func build(t *testing.T, plain []byte) *index.Layer {
 	t.Helper()
-	l, err := base_.Build(t.Context(), bytes.NewReader(plain), base_.Descriptor{Digest: digest.FromBytes(plain), Size: int64(len(plain))}, io.Discard, base_.Options{})
+	l, err := plainlayer.Build(t.Context(), bytes.NewReader(plain), plainlayer.Descriptor{Digest: digest.FromBytes(plain), Size: int64(len(plain))}, io.Discard, plainlayer.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -159,7 +159,7 @@ func checkOurs(t *testing.T, l *index.Layer, b memory, want *index.Layer) {
 			t.Errorf("entry\n got %s\nwant %s", g, w)
 		}
 	}
-	s, err := base_.NewReader(l, b).Open(t.Context(), 0, l.Table.Size)
+	s, err := plainlayer.NewReader(l, b).Open(t.Context(), 0, l.Table.Size)
 	if err != nil {
 		t.Fatal(err)
 	}
