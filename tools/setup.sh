@@ -5,7 +5,7 @@ set -eu
 
 packages="qemu-system-x86 mmdebstrap docker-registry umoci skopeo crun runc
 erofs-utils protobuf-compiler busybox-static iproute2 attr acl git make
-ca-certificates gcc libc6-dev e2fsprogs xfsprogs tar procps"
+ca-certificates gcc libc6-dev e2fsprogs xfsprogs tar procps zstd"
 
 missing=
 for p in $packages; do

@@ -39,6 +39,9 @@ func (s *registrySource) Fetch(ctx context.Context, seg *index.Segment, off, n i
 	if l.segment != seg.ID {
 		return nil, fmt.Errorf("segment %s is not that of layer %s: %w", seg.ID, seg.Layer, errdefs.ErrNotFound)
 	}
-	blob := s.repo.LayerBlob(ocispec.Descriptor{Digest: l.Blob, Size: l.BlobSize})
-	return layer.NewReader(l.Layer, blob).Open(ctx, off, n)
+	return layer.NewReader(l.Layer, s.blob).Open(ctx, off, n)
+}
+
+func (s *registrySource) blob(ref index.BlobRef) layer.Blob {
+	return s.repo.LayerBlob(ocispec.Descriptor{Digest: ref.Digest, Size: ref.Size})
 }

@@ -35,7 +35,17 @@ func (s *source) Fetch(ctx context.Context, seg *index.Segment, off, n int64) (i
 		if err != nil {
 			return nil, err
 		}
-		return layer.NewReader(access, s.repo.LayerBlob(l.Descriptor)).Open(ctx, off, n)
+		return layer.NewReader(access, s.blobs(l)).Open(ctx, off, n)
 	}
 	return nil, fmt.Errorf("segment %s belongs to layer %s, which the image does not have: %w", seg.ID, seg.Layer, errdefs.ErrNotFound)
+}
+
+// blobs finds the blobs of a layer in the repository.
+func (s *source) blobs(l layerRecord) layer.Blobs {
+	return func(ref index.BlobRef) layer.Blob {
+		if ref.Digest == l.Digest {
+			return s.repo.LayerBlob(l.Descriptor)
+		}
+		return s.repo.LayerBlob(layer.Descriptor{Digest: ref.Digest, Size: ref.Size})
+	}
 }

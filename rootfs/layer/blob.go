@@ -28,23 +28,17 @@ func CheckMediaType(mediaType string) error {
 	case "",
 		"application/vnd.oci.image.layer.v1.tar",
 		"application/vnd.oci.image.layer.v1.tar+gzip",
+		"application/vnd.oci.image.layer.v1.tar+zstd",
 		"application/vnd.oci.image.layer.nondistributable.v1.tar",
 		"application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+		"application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
 		"application/vnd.docker.image.rootfs.diff.tar",
 		"application/vnd.docker.image.rootfs.diff.tar.gzip",
+		"application/vnd.docker.image.rootfs.diff.tar.zstd",
 		"application/vnd.docker.image.rootfs.foreign.diff.tar",
 		"application/vnd.docker.image.rootfs.foreign.diff.tar.gzip":
 		return nil
-	case "application/vnd.oci.image.layer.v1.tar+zstd",
-		"application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
-		"application/vnd.docker.image.rootfs.diff.tar.zstd":
-		return errZstd(mediaType)
 	}
-	return fmt.Errorf("layers of media type %q are not supported; push the image with tar or tar+gzip layers: %w",
+	return fmt.Errorf("layers of media type %q are not supported; push the image with tar, tar+gzip or tar+zstd layers: %w",
 		mediaType, errdefs.ErrInvalidArgument)
-}
-
-func errZstd(what string) error {
-	return fmt.Errorf("%s is not supported yet: tar+zstd; push the image with gzip or eStargz layers: %w",
-		what, errdefs.ErrInvalidArgument)
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
 	"github.com/tatami-containers/tatami/rootfs/layer/tarball"
+	"github.com/tatami-containers/tatami/rootfs/layer/zstd"
 )
 
 // Options of Build. The zero value is the usual.
@@ -22,18 +23,23 @@ type Options struct {
 	// Span is how many plain bytes lie between two checkpoints of a gzip
 	// blob: what a random read has to inflate at most before it gets to its
 	// bytes. Each checkpoint keeps a window of 32 KiB. 0 means 1 MiB, and up
-	// to 4 MiB for blobs above 512 MiB.
+	// to 4 MiB for blobs above 512 MiB. Checkpoints without a window, as all
+	// those of zstd are, come up to 8 times as close.
 	Span int64
 	// Progress, if set, is told how many bytes of the blob were read so far.
 	// It is called by another goroutine, but not after Build has returned.
 	Progress func(read int64)
+	// Skeleton asks for Layer.Skeleton, with which DiffID can be checked when
+	// only the segment is there. It is left out if it would be above 1 GiB.
+	Skeleton bool
 }
 
 // Spans for Options.Span.
 const (
-	minSpan = 1 << 20
-	maxSpan = 4 << 20
-	spans   = 512 // of a blob, by compressed size
+	minSpan    = 1 << 20
+	maxSpan    = 4 << 20
+	spans      = 512 // of a blob, by compressed size
+	frameShare = 8   // how much closer checkpoints without a window may be
 )
 
 func (o Options) span(size int64) int64 {
@@ -43,7 +49,7 @@ func (o Options) span(size int64) int64 {
 	return min(max(size/spans, minSpan), maxSpan)
 }
 
-// Build reads a whole blob from r, plain or gzipped tar, and writes the plain
+// Build reads a whole blob from r, a tar that is plain or compressed with gzip or zstd, and writes the plain
 // bytes of its segment to seg, which may be a ZeroWriter. Nothing that was
 // written may be used before Build returns without an error: digest and size of
 // the blob are known only then. On error it may have to wait for a Read of r to
@@ -74,7 +80,7 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 	defer cancel()
 
 	// Three goroutines share the work: reading and hashing the blob, inflating
-	// (most of it), and here hashing and sorting out what comes out.
+	// (most of it, and zstd takes more), and here hashing and sorting out what comes out.
 	blob := &verified{ctx: ctx, r: r, desc: desc, verifier: desc.Digest.Verifier(), progress: opts.Progress}
 	packed := startAhead(ctx, &stages, blob)
 	head := make([]byte, 4)
@@ -83,24 +89,43 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 		return nil, err
 	}
 	whole := io.MultiReader(bytes.NewReader(head[:n]), packed)
-	b := builder{desc: desc, seg: newSegment(seg)}
-	switch {
-	case bytes.Equal(head[:n], []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		return nil, errZstd("the blob's compression")
-	case !gzip.IsGzip(head[:n]):
+	b := builder{desc: desc, seg: newSegment(seg), skeleton: opts.Skeleton}
+	if !gzip.IsGzip(head[:n]) && !zstd.IsZstd(head[:n]) {
 		l, err := b.scan(whole, index.Tar)
 		return l, blame(err, whole)
 	}
-	z := new(gzip.Pool).NewReader(whole)
-	z.Record(opts.span(desc.Size))
+	z, format := opts.decoder(head[:n], whole, desc.Size)
+	defer func() {
+		cancel()
+		stages.Wait()
+		_ = z.Close() // never has an error
+	}()
 	plain := startAhead(ctx, &stages, z)
-	l, err := b.scan(plain, index.Gzip)
+	l, err := b.scan(plain, format)
 	if err != nil {
 		return nil, blame(err, plain, whole)
 	}
 	stages.Wait()
 	l.Access.Checkpoints = z.Checkpoints()
 	return l, nil
+}
+
+// recorder is a decoder that notes where later ones can start.
+type recorder interface {
+	plain
+	Checkpoints() []index.Checkpoint
+}
+
+// decoder reads a compressed blob of size bytes, of which head are the first.
+func (o Options) decoder(head []byte, blob io.Reader, size int64) (recorder, index.Format) {
+	if zstd.IsZstd(head) {
+		z := zstd.NewReader(blob)
+		z.Record(o.span(size) / frameShare)
+		return z, index.Zstd
+	}
+	z := new(gzip.Pool).NewReader(blob)
+	z.Record(o.span(size))
+	return z, index.Gzip
 }
 
 // blame finds out whether content that makes no sense is the publisher's fault:
@@ -122,8 +147,9 @@ func blame(err error, rest ...io.Reader) error {
 
 // builder turns a tar stream into a layer.
 type builder struct {
-	desc Descriptor
-	seg  *segment
+	desc     Descriptor
+	seg      *segment
+	skeleton bool // is wanted
 }
 
 func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, error) {
@@ -134,7 +160,12 @@ func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, erro
 		sum = digest.Canonical.Hash()
 		plain = &tee{plain, sum}
 	}
-	res, err := tarball.Scan(plain, b.seg)
+	seg, bones := tarball.Segment(b.seg), new(skeleton)
+	if b.skeleton {
+		bones.r = plain
+		plain, seg = bones, beside{seg, bones}
+	}
+	res, err := tarball.Scan(plain, seg)
 	if err != nil {
 		return nil, err
 	}
@@ -149,7 +180,7 @@ func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, erro
 		l.DiffID = digest.NewDigest(digest.Canonical, sum)
 	}
 	l.Entries, l.Table = res.Entries, b.seg.table
-	l.Access.Extents = res.Extents
+	l.Access.Extents, l.Skeleton = res.Extents, bones.kept
 	return l, nil
 }
 

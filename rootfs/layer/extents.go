@@ -2,14 +2,14 @@ package layer
 
 import (
 	"context"
+	"errors"
 	"io"
 	"sort"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
-	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
 )
 
-// extentRuns finds the data of a range in a tar stream (formats Tar and Gzip).
+// extentRuns finds the data of a range in a tar stream (formats Tar, Gzip and Zstd).
 type extentRuns struct {
 	ctx context.Context
 	r   *Reader
@@ -60,7 +60,7 @@ func (e *extentRuns) next(off int64) (run, bool, error) {
 // seek makes plain deliver the tar stream from x on.
 func (e *extentRuns) seek(x index.Extent, off int64) error {
 	if e.body != nil && x.Tar >= e.at && x.Tar+x.Len <= e.until {
-		err := discard(e.plain, x.Tar-e.at)
+		err := discard(e.ctx, e.plain, x.Tar-e.at)
 		e.at = x.Tar
 		return err
 	}
@@ -68,10 +68,10 @@ func (e *extentRuns) seek(x index.Extent, off int64) error {
 		return err
 	}
 	e.at, e.until = x.Tar, e.group(off)
-	if e.r.layer.Access.Format == index.Gzip {
-		return e.openGzip()
+	if e.r.layer.Access.Format != index.Tar {
+		return e.openPacked()
 	}
-	body, err := e.r.blob.ReadRange(e.ctx, e.at, e.until-e.at)
+	body, err := e.r.own.ReadRange(e.ctx, e.at, e.until-e.at)
 	if err != nil {
 		return err
 	}
@@ -93,9 +93,9 @@ func (e *extentRuns) group(off int64) int64 {
 	}
 }
 
-// openGzip asks for the blob from the checkpoint before e.at to the first one
+// openPacked asks for the blob from the checkpoint before e.at to the first one
 // that is not before e.until.
-func (e *extentRuns) openGzip() error {
+func (e *extentRuns) openPacked() error {
 	points := e.r.layer.Access.Checkpoints
 	first := sort.Search(len(points), func(i int) bool { return points[i].Out > e.at }) - 1
 	if first < 0 {
@@ -109,13 +109,18 @@ func (e *extentRuns) openGzip() error {
 	if start < 0 || end <= start {
 		return e.r.invalid("checkpoints are out of order")
 	}
-	body, err := e.r.blob.ReadRange(e.ctx, start, end-start)
+	body, err := e.r.own.ReadRange(e.ctx, start, end-start)
 	if err != nil {
 		return err
 	}
-	z := e.r.pool.Resume(body, c)
-	e.body, e.plain = &inflated{body, z}, z
-	return z.Discard(e.at - c.Out)
+	var z plain
+	if e.r.layer.Access.Format == index.Zstd {
+		z = e.r.zstd.Resume(body, c)
+	} else {
+		z = e.r.gzip.Resume(body, c)
+	}
+	e.body, e.plain = &unpacked{body, z}, z
+	return discard(e.ctx, z, e.at-c.Out)
 }
 
 // Close ends the request in progress.
@@ -128,16 +133,12 @@ func (e *extentRuns) Close() error {
 	return err
 }
 
-// inflated closes a request and gives back its decoder.
-type inflated struct {
+// unpacked closes a request and gives back its decoder.
+type unpacked struct {
 	body io.Closer
-	z    *gzip.Reader
+	z    plain
 }
 
-func (i *inflated) Close() error {
-	err := i.body.Close()
-	if zErr := i.z.Close(); err == nil {
-		err = zErr
-	}
-	return err
+func (u *unpacked) Close() error {
+	return errors.Join(u.body.Close(), u.z.Close())
 }

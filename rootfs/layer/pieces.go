@@ -2,119 +2,139 @@ package layer
 
 import (
 	"context"
+	"errors"
 	"io"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
-	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
 )
 
-// pieceRuns finds the data of a range in gzip members (format Members).
+// pieceRuns finds the data of a range in pieces of blobs (format Chunked).
 type pieceRuns struct {
 	ctx context.Context
 	r   *Reader
 	i   int   // next chunk
-	end int64 // of the range, in the segment
+	off int64 // where the range begins, in the segment
+	end int64 // and ends
 
 	body io.ReadCloser // request in progress, nil if none
+	blob uint16        // that it goes to
 	pos  int64         // blob offset that body is at
 	last int64         // blob offset where what was asked for ends
 
-	member  io.LimitedReader // of body: the open member
-	z       *gzip.Reader     // its plain bytes, nil if no member is open
-	off     int64            // blob offset of the open member
-	size    int64            // its length
+	unit    index.Piece      // the latest that was opened
+	packed  io.LimitedReader // of body: its compressed bytes
+	z       plain            // its plain bytes, nil if none is open
 	inner   int64            // plain offset in it that z is at
 	pending int64            // plain bytes of z that the stream still takes
 }
 
 func newPieceRuns(ctx context.Context, r *Reader, off, end int64) *pieceRuns {
-	return &pieceRuns{ctx: ctx, r: r, i: r.layer.Table.Find(off), end: end}
+	return &pieceRuns{ctx: ctx, r: r, i: r.layer.Table.Find(off), off: off, end: end}
 }
 
-func (p *pieceRuns) next(off int64) (run, bool, error) {
-	chunks := p.r.layer.Table.Chunks
-	if p.i == len(chunks) || chunks[p.i].Off >= p.end {
+func (p *pieceRuns) next(int64) (run, bool, error) {
+	c, piece, ok := p.piece(p.i)
+	if !ok {
 		return run{}, false, nil
 	}
-	c, piece := chunks[p.i], p.r.layer.Access.Pieces[p.i]
-	from, to := max(off, c.Off), min(p.end, c.End())
-	if from >= to || piece.Off < 0 || piece.Len <= 0 || piece.Inner < 0 ||
-		piece.Off > p.r.layer.BlobSize-piece.Len {
-		return run{}, false, p.r.invalid("chunks are out of order")
-	}
 	p.inner += p.pending
-	p.pending = to - from
-	if err := p.seek(piece, piece.Inner+from-c.Off); err != nil {
+	p.pending = c.Len
+	if err := p.seek(piece, c.Len); err != nil {
 		return run{}, false, err
 	}
 	p.i++
-	return run{from, to, p.z}, true, nil
+	return run{c.Off, c.End(), p.z}, true, nil
 }
 
-// seek makes z deliver the plain bytes of a member from offset inner on.
-func (p *pieceRuns) seek(piece index.Piece, inner int64) error {
-	if p.z == nil || piece.Off != p.off || inner < p.inner {
-		if err := p.open(piece); err != nil {
+// piece is chunk i and its piece, cut to the range. Of plain bytes nothing else
+// is asked for.
+func (p *pieceRuns) piece(i int) (index.Chunk, index.Piece, bool) {
+	chunks := p.r.layer.Table.Chunks
+	if i == len(chunks) || chunks[i].Off >= p.end {
+		return index.Chunk{}, index.Piece{}, false
+	}
+	c, x := chunks[i], p.r.layer.Access.Pieces[i]
+	end := min(p.end, c.End())
+	from := max(p.off, c.Off)
+	x.Inner += from - c.Off
+	c.Off, c.Len = from, end-from
+	if x.Codec == index.Stored && x.Inner <= x.Len-c.Len {
+		x = index.Piece{Blob: x.Blob, Off: x.Off + x.Inner, Len: c.Len}
+	}
+	return c, x, true
+}
+
+// sameUnit says whether two pieces decompress to the same bytes.
+func sameUnit(a, b index.Piece) bool {
+	a.Inner, b.Inner = 0, 0
+	return a == b
+}
+
+// seek makes z deliver the plain bytes of a piece from its inner offset on, of
+// which n will be read.
+func (p *pieceRuns) seek(x index.Piece, n int64) error {
+	if p.z == nil || !sameUnit(x, p.unit) || x.Inner < p.inner {
+		if err := p.open(x, n); err != nil {
 			return err
 		}
 	}
-	skip := inner - p.inner
-	p.inner = inner
-	return p.z.Discard(skip)
+	skip := x.Inner - p.inner
+	p.inner = x.Inner
+	return discard(p.ctx, p.z, skip)
 }
 
-// open starts a member, with a new request if that in progress does not lead
-// to it.
-func (p *pieceRuns) open(piece index.Piece) error {
-	if err := p.closeMember(); err != nil {
+// open starts a unit, with a new request if that in progress does not lead to
+// it.
+func (p *pieceRuns) open(x index.Piece, n int64) error {
+	if err := p.closeUnit(); err != nil {
 		return err
 	}
-	if p.body == nil || piece.Off < p.pos || piece.Off+piece.Len > p.last {
-		if err := p.request(piece.Off); err != nil {
+	if p.body == nil || x.Blob != p.blob || x.Off < p.pos || x.Off+x.Len > p.last {
+		if err := p.request(x); err != nil {
 			return err
 		}
 	}
-	if err := discard(p.body, piece.Off-p.pos); err != nil {
+	if err := discard(p.ctx, p.body, x.Off-p.pos); err != nil {
 		return err
 	}
-	p.pos = piece.Off
-	p.member = io.LimitedReader{R: p.body, N: piece.Len}
-	p.z = p.r.pool.NewReader(&p.member)
-	p.off, p.size, p.inner = piece.Off, piece.Len, 0
-	return nil
+	p.pos = x.Off
+	p.packed = io.LimitedReader{R: p.body, N: x.Len}
+	p.unit, p.inner = x, 0
+	var err error
+	p.z, err = p.r.unpack(&p.packed, x, n)
+	return err
 }
 
-// closeMember gives back the decoder and notes how far it has read.
-func (p *pieceRuns) closeMember() error {
+// closeUnit gives back the decoder and notes how far it has read.
+func (p *pieceRuns) closeUnit() error {
 	if p.z == nil {
 		return nil
 	}
-	p.pos += p.size - p.member.N
+	p.pos += p.unit.Len - p.packed.N
 	err := p.z.Close()
 	p.z = nil
 	return err
 }
 
-// request asks for the blob from off on, as far as the range has members that
-// follow each other closely.
-func (p *pieceRuns) request(off int64) error {
+// request asks for the blob of a piece from there on, as far as the range has
+// pieces that follow each other closely.
+func (p *pieceRuns) request(x index.Piece) error {
 	if err := p.closeBody(); err != nil {
 		return err
 	}
-	chunks, pieces := p.r.layer.Table.Chunks, p.r.layer.Access.Pieces
-	end := off
-	for i := p.i; i < len(chunks) && chunks[i].Off < p.end; i++ {
-		if x := pieces[i]; x.Off >= off && x.Off-end <= maxGap {
-			end = max(end, x.Off+x.Len)
-		} else {
+	end := x.Off
+	for i := p.i; ; i++ {
+		_, next, ok := p.piece(i)
+		if !ok || next.Blob != x.Blob || next.Off < x.Off || next.Off-end > maxGap {
 			break
 		}
+		end = max(end, next.Off+next.Len)
 	}
-	body, err := p.r.blob.ReadRange(p.ctx, off, end-off)
+	body, err := p.r.blob(x.Blob).ReadRange(p.ctx, x.Off, end-x.Off)
 	if err != nil {
 		return err
 	}
-	p.body, p.pos, p.last = body, off, end
+	p.body, p.blob, p.pos, p.last = body, x.Blob, x.Off, end
 	return nil
 }
 
@@ -129,9 +149,5 @@ func (p *pieceRuns) closeBody() error {
 
 // Close ends the request in progress.
 func (p *pieceRuns) Close() error {
-	err := p.closeMember()
-	if bodyErr := p.closeBody(); err == nil {
-		err = bodyErr
-	}
-	return err
+	return errors.Join(p.closeBody(), p.closeUnit())
 }

@@ -10,22 +10,46 @@ import (
 
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
+	"github.com/tatami-containers/tatami/rootfs/layer/zstd"
 )
 
 // maxGap is how many bytes that nobody asked for are read over, rather than
 // asking the blob for a second range.
 const maxGap = 256 << 10
 
-// Reader reads a layer's segment out of its blob. Any number of goroutines may
+// Reader reads a layer's segment out of its blobs. Any number of goroutines may
 // use it; streams that it opened have one user each.
 type Reader struct {
 	layer *index.Layer
-	blob  Blob
-	pool  gzip.Pool
+	blobs Blobs
+	own   Blob // the layer's; checked by spans if there are any
+	gzip  gzip.Pool
+	zstd  zstd.Pool
 }
 
-// NewReader reads the segment of l from b. It keeps l, which must not change.
-func NewReader(l *index.Layer, b Blob) *Reader { return &Reader{layer: l, blob: b} }
+// Blobs finds a blob of a layer: its own or one of Access.Blobs.
+type Blobs func(ref index.BlobRef) Blob
+
+// OneBlob is the Blobs of a layer that has no other than its own.
+func OneBlob(b Blob) Blobs { return func(index.BlobRef) Blob { return b } }
+
+// NewReader reads the segment of l from its blobs. It keeps l, which must be
+// valid and not change.
+func NewReader(l *index.Layer, blobs Blobs) *Reader {
+	own := blobs(index.BlobRef{Digest: l.Blob, Size: l.BlobSize})
+	if spans := l.Access.Spans; len(spans) > 0 {
+		own = &spanned{blob: own, name: l.Blob, spans: spans}
+	}
+	return &Reader{layer: l, blobs: blobs, own: own}
+}
+
+// blob is the layer's own for 0, else one of Access.Blobs.
+func (r *Reader) blob(n uint16) Blob {
+	if n == 0 {
+		return r.own
+	}
+	return r.blobs(r.layer.Access.Blobs[n-1])
+}
 
 // Open reads n plain bytes of the segment from offset off on. The blob is asked
 // for what the range needs and no more, as it is read, under ctx. What no
@@ -39,7 +63,7 @@ func (r *Reader) Open(ctx context.Context, off, n int64) (io.ReadCloser, error) 
 	}
 	s := &stream{layer: r.layer, pos: off, end: off + n, dataEnd: off}
 	switch r.layer.Access.Format {
-	case index.Tar, index.Gzip:
+	case index.Tar, index.Gzip, index.Zstd:
 		s.runs = newExtentRuns(ctx, r, off, off+n)
 	case index.Chunked:
 		if len(r.layer.Access.Pieces) != len(r.layer.Table.Chunks) {
@@ -141,10 +165,29 @@ func (s *stream) Close() error {
 	return err
 }
 
-// discard drops n bytes, which r must have.
-func discard(r io.Reader, n int64) error {
+// plain is what a decoder makes of compressed bytes.
+type plain interface {
+	io.ReadCloser
+	Discard(n int64) error
+}
+
+// discard drops n bytes, which r must have. It ends with ctx, for n may be far
+// more than what the blob is asked for.
+func discard(ctx context.Context, r io.Reader, n int64) error {
+	for ; n > 0; n -= min(n, maxGap) {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err := discardSome(r, min(n, maxGap)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func discardSome(r io.Reader, n int64) error {
 	var err error
-	if z, ok := r.(*gzip.Reader); ok {
+	if z, ok := r.(plain); ok {
 		err = z.Discard(n)
 	} else {
 		_, err = io.CopyN(io.Discard, r, n)

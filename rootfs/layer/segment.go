@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"fmt"
+	"hash/fnv"
 	"io"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
@@ -16,20 +17,54 @@ type ZeroWriter interface {
 	WriteZeros(n int64) error
 }
 
-// segment cuts what is written to it into units and passes them on. Units of
-// zeros get no chunk.
+// segment cuts what is written to it into chunks and passes them on. Stretches
+// of zeros get no chunk.
+//
+// The cuts are such that files which two layers have in common make the same
+// chunks in both, wherever they lie. A file of index.UnitSize or more is cut
+// for itself, in units from its start. Smaller ones are gathered into a chunk
+// of up to a unit, which ends where a file begins: at one that does not fit, or
+// when there is enough of it already and the file's path says so. Where files
+// differ the chunks do too, but by their paths the next cuts come together
+// again.
 type segment struct {
 	w     io.Writer
 	zeros ZeroWriter // nil if w is none
 	table index.Table
 
-	n          int // bytes in unit
+	large      bool // the chunk is part of a file that is cut for itself
+	n          int  // bytes in unit
 	unit, zero []byte
 }
+
+// A gathered chunk ends at one in endShare of the files that begin when it has
+// minGather bytes. With files as images have them chunks get some 40 KiB long.
+const (
+	minGather = 16 << 10
+	endShare  = 4
+)
 
 func newSegment(w io.Writer) *segment {
 	z, _ := w.(ZeroWriter)
 	return &segment{w: w, zeros: z, unit: make([]byte, index.UnitSize), zero: make([]byte, index.UnitSize)}
+}
+
+// Begin implements tarball.Segment: it decides whether a chunk ends here.
+func (s *segment) Begin(path string, size int64) error {
+	full := s.large || size >= index.UnitSize || int64(s.n)+index.RoundUp(size) > index.UnitSize
+	s.large = size >= index.UnitSize
+	if s.n > 0 && (full || s.n >= minGather && endsAt(path)) {
+		return s.flush()
+	}
+	return nil
+}
+
+// endsAt says whether a chunk is to end at a file. Changing it makes all
+// segments new.
+func endsAt(path string) bool {
+	h := fnv.New32a()
+	_, _ = io.WriteString(h, path) // never fails
+	return h.Sum32()%endShare == 0
 }
 
 // ReadFrom implements tarball.Segment; bytes go from r straight into the unit.
@@ -80,7 +115,7 @@ func (s *segment) flushFull() error {
 	return s.flush()
 }
 
-// flush ends the current unit, which is shorter than others if it is the last.
+// flush ends the current chunk, if there is one.
 func (s *segment) flush() error {
 	b := s.unit[:s.n]
 	s.n = 0

@@ -14,6 +14,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
 	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
+	"github.com/tatami-containers/tatami/rootfs/layer/toc"
 )
 
 // TOCDigest is the annotation of a layer in its manifest that makes it an
@@ -29,77 +30,59 @@ const (
 	maxTail   = 4 << 20
 )
 
-// Limits of a TOC in bytes. JSON compresses well, but not without bound.
-const (
-	maxTOC   = 256 << 20
-	maxRatio = 256
-	tocSlack = 1 << 20
-)
+// TOC is the digest in a layer's annotations that identifies and binds its TOC:
+// that of the JSON. It is false when there is none.
+func TOC(annotations map[string]string) (digest.Digest, bool) {
+	d, err := digest.Parse(annotations[TOCDigest])
+	return d, err == nil
+}
 
 // Open makes a layer out of the TOC of an eStargz blob, with one or two ranges
-// of it. toc is the TOC's digest from the manifest (annotation TOCDigest); the
+// of it. sum is the TOC's digest from the manifest (annotation TOCDigest); the
 // blob's own digest cannot be checked without reading all of it.
 //
 // Errors: ErrInvalidArgument for a blob that is not eStargz or whose TOC is not
-// valid, ErrDataLoss if the TOC is not the one that toc names; those of b as
-// they are.
-func Open(ctx context.Context, b layer.Blob, desc layer.Descriptor, toc digest.Digest) (*index.Layer, error) {
-	l, err := open(ctx, b, desc, toc)
+// valid, ErrDataLoss if the TOC is not the one that sum names, ErrNotFound if it
+// is in another image (see FindExternal); those of b as they are.
+func Open(ctx context.Context, b layer.Blob, desc layer.Descriptor, sum digest.Digest) (*index.Layer, error) {
+	l, err := open(ctx, b, desc, sum)
 	if err != nil {
 		return nil, fmt.Errorf("open eStargz layer %s: %w", desc.Digest, err)
 	}
 	return l, nil
 }
 
-func open(ctx context.Context, b layer.Blob, desc layer.Descriptor, toc digest.Digest) (*index.Layer, error) {
-	if err := toc.Validate(); err != nil {
-		return nil, invalid(fmt.Errorf("TOC digest %q: %w", toc, err))
-	}
+func open(ctx context.Context, b layer.Blob, desc layer.Descriptor, sum digest.Digest) (*index.Layer, error) {
 	tailSize := min(max(desc.Size/tailShare, minTail), maxTail, desc.Size)
-	tail, err := readRange(ctx, b, desc.Size-tailSize, tailSize)
+	tail, err := toc.ReadRange(ctx, b, desc.Size-tailSize, tailSize)
 	if err != nil {
 		return nil, err
 	}
 	footer, off, err := parseFooter(tail)
 	if err != nil {
-		return nil, invalid(err)
+		return nil, err
 	}
 	size := desc.Size - footer - off
-	if size <= 0 || size > maxTOC {
-		return nil, invalid(fmt.Errorf("footer says that the TOC begins at byte %d of %d", off, desc.Size))
+	if size <= 0 || size > toc.MaxSize {
+		return nil, toc.Invalid(fmt.Errorf("footer says that the TOC begins at byte %d of %d", off, desc.Size))
 	}
 	json, err := readTOC(ctx, b, off, size, tail[:tailSize-footer])
 	if err != nil {
 		return nil, err
 	}
-	if toc.Algorithm().FromBytes(json) != toc {
-		return nil, fmt.Errorf("TOC does not have the digest %s that the manifest says: %w", toc, errdefs.ErrDataLoss)
-	}
-	return parse(json, desc, off)
+	return parse(json, desc, off, sum)
 }
 
-// invalid marks an error as the fault of the layer.
-func invalid(err error) error {
-	if errdefs.IsInvalidArgument(err) {
-		return err
+// parse makes a layer of a TOC's JSON if it has the digest sum. The data of the
+// blob ends at byte end.
+func parse(json []byte, desc layer.Descriptor, end int64, sum digest.Digest) (*index.Layer, error) {
+	if err := sum.Validate(); err != nil {
+		return nil, toc.Invalid(fmt.Errorf("TOC digest %q: %w", sum, err))
 	}
-	return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
-}
-
-func readRange(ctx context.Context, b layer.Blob, off, n int64) ([]byte, error) {
-	r, err := b.ReadRange(ctx, off, n)
-	if err != nil {
-		return nil, err
+	if sum.Algorithm().FromBytes(json) != sum {
+		return nil, fmt.Errorf("TOC does not have the digest %s that the manifest says: %w", sum, errdefs.ErrDataLoss)
 	}
-	p := make([]byte, n)
-	_, err = io.ReadFull(r, p)
-	if closeErr := r.Close(); err == nil {
-		err = closeErr
-	}
-	if errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
-	}
-	return p, err
+	return toc.Parse(json, desc, end, toc.Format{Codec: index.GzipMember, Marked: true})
 }
 
 // readTOC returns the TOC's JSON. It is size bytes compressed from off on; the
@@ -130,11 +113,11 @@ func unpackTOC(r io.Reader, size int64) ([]byte, error) {
 	if err != nil {
 		return nil, badTOC(err)
 	}
-	if h.Name != tocName || h.Typeflag != tar.TypeReg {
-		return nil, invalid(fmt.Errorf("file %q in place of the TOC", h.Name))
+	if h.Name != toc.Name || h.Typeflag != tar.TypeReg {
+		return nil, toc.Invalid(fmt.Errorf("file %q in place of the TOC", h.Name))
 	}
-	if h.Size > maxTOC || h.Size > maxRatio*size+tocSlack {
-		return nil, invalid(fmt.Errorf("TOC of %d bytes, compressed to %d", h.Size, size))
+	if h.Size > toc.Limit(size) {
+		return nil, toc.Invalid(fmt.Errorf("TOC of %d bytes, compressed to %d", h.Size, size))
 	}
 	var json bytes.Buffer
 	if _, err := json.ReadFrom(t); err != nil {
@@ -146,7 +129,7 @@ func unpackTOC(r io.Reader, size int64) ([]byte, error) {
 // badTOC is the error for a TOC that cannot be unpacked.
 func badTOC(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, tar.ErrHeader) {
-		err = invalid(err)
+		err = toc.Invalid(err)
 	}
 	return fmt.Errorf("unpack TOC: %w", err)
 }

@@ -4,12 +4,12 @@ import (
 	"archive/tar"
 	"bytes"
 	stdgzip "compress/gzip"
-	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,27 +20,10 @@ import (
 
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
+	"github.com/tatami-containers/tatami/rootfs/layer/toc"
+	"github.com/tatami-containers/tatami/tests/layertest"
+	"github.com/tatami-containers/tatami/tests/torture"
 )
-
-// blob is a Blob in memory that counts requests.
-type blob struct {
-	data     []byte
-	requests int
-}
-
-func (b *blob) Size() int64 { return int64(len(b.data)) }
-
-func (b *blob) ReadRange(_ context.Context, off, n int64) (io.ReadCloser, error) {
-	b.requests++
-	if off < 0 || n < 0 || off+n > b.Size() {
-		return nil, fmt.Errorf("range %d+%d of %d", off, n, b.Size())
-	}
-	return io.NopCloser(bytes.NewReader(b.data[off : off+n])), nil
-}
-
-func (b *blob) desc() layer.Descriptor {
-	return layer.Descriptor{Digest: digest.FromBytes(b.data), Size: b.Size()}
-}
 
 func noise(n int) []byte {
 	rnd := rand.New(rand.NewPCG(5, 6))
@@ -93,7 +76,7 @@ func sample(tb testing.TB, files int) []byte {
 	return b.Bytes()
 }
 
-func convert(tb testing.TB, plain []byte, opts ...builder.Option) (*blob, digest.Digest) {
+func convert(tb testing.TB, plain []byte, opts ...builder.Option) (*layertest.Blob, digest.Digest) {
 	tb.Helper()
 	made, err := builder.Build(io.NewSectionReader(bytes.NewReader(plain), 0, int64(len(plain))), opts...)
 	if err != nil {
@@ -106,7 +89,7 @@ func convert(tb testing.TB, plain []byte, opts ...builder.Option) (*blob, digest
 	if err := made.Close(); err != nil {
 		tb.Fatal(err)
 	}
-	return &blob{data: data}, made.TOCDigest()
+	return &layertest.Blob{Data: data}, made.TOCDigest()
 }
 
 func TestOpen(t *testing.T) {
@@ -121,106 +104,25 @@ func TestOpen(t *testing.T) {
 	for name, opts := range cases {
 		t.Run(name, func(t *testing.T) {
 			b, toc := convert(t, plain, opts...)
-			l, err := Open(t.Context(), b, b.desc(), toc)
+			l, err := Open(t.Context(), b, b.Descriptor(nil), toc)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if b.requests != 1 {
-				t.Errorf("%d requests", b.requests)
+			if b.Requests.Load() != 1 {
+				t.Errorf("%d requests", b.Requests.Load())
 			}
-			samePlain(t, l, plain, name == "prioritized")
-			checkContent(t, l, b, plain)
+			checkLayer(t, l, b, plain, name == "prioritized")
 		})
 	}
 }
 
-// samePlain compares entries with those of the tar that was converted.
-func samePlain(t *testing.T, l *index.Layer, plain []byte, reordered bool) {
+// checkLayer compares all of a layer with the tar that it was made of.
+func checkLayer(t *testing.T, l *index.Layer, b *layertest.Blob, plain []byte, reordered bool) {
 	t.Helper()
-	want, err := layer.Build(t.Context(), bytes.NewReader(plain),
-		layer.Descriptor{Digest: digest.FromBytes(plain), Size: int64(len(plain))}, io.Discard, layer.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	byPath := map[string]string{}
-	for _, e := range want.Entries {
-		if reordered {
-			e.Off = 0
-		}
-		byPath[fmt.Sprint(e.Kind, e.Path)] = fmt.Sprintf("%+v", e)
-	}
-	if len(l.Entries) != len(want.Entries) || l.Table.Size != want.Table.Size {
-		t.Errorf("%d entries, %d bytes; want %d, %d", len(l.Entries), l.Table.Size, len(want.Entries), want.Table.Size)
-	}
-	for _, e := range l.Entries {
-		if reordered {
-			e.Off = 0
-		}
-		if g, w := fmt.Sprintf("%+v", e), byPath[fmt.Sprint(e.Kind, e.Path)]; g != w {
-			t.Errorf("entry\n got %s\nwant %s", g, w)
-		}
-	}
-}
-
-// checkContent reads the segment in several ways, verifies every chunk, and
-// compares files with the tar.
-func checkContent(t *testing.T, l *index.Layer, b *blob, plain []byte) {
-	t.Helper()
-	r := layer.NewReader(l, b)
-	read := func(off, n int64) []byte {
-		t.Helper()
-		s, err := r.Open(t.Context(), off, n)
-		if err != nil {
-			t.Fatal(err)
-		}
-		p, err := io.ReadAll(s)
-		if err != nil || int64(len(p)) != n {
-			t.Fatalf("range %d+%d: %d bytes, %v", off, n, len(p), err)
-		}
-		if err := s.Close(); err != nil {
-			t.Fatal(err)
-		}
-		return p
-	}
-	b.requests = 0
-	seg := read(0, l.Table.Size)
-	if b.requests != 1 {
-		t.Errorf("%d requests for the whole segment", b.requests)
-	}
-	for i, c := range l.Table.Chunks {
-		if sha256.Sum256(seg[c.Off:c.End()]) != c.Sum {
-			t.Fatalf("chunk %d does not have its digest", i)
-		}
-		if i%7 == 0 && !bytes.Equal(read(c.Off, c.Len), seg[c.Off:c.End()]) {
-			t.Fatalf("chunk %d alone is not the same", i)
-		}
-	}
-	rnd := rand.New(rand.NewPCG(7, 8))
-	for i := range 60 {
-		n := rnd.Int64N(100 << (i % 12))
-		off := rnd.Int64N(l.Table.Size - n)
-		if !bytes.Equal(read(off, n), seg[off:off+n]) {
-			t.Fatalf("range %d+%d is not the same", off, n)
-		}
-	}
-	files := map[string][]byte{}
-	for tr := tar.NewReader(bytes.NewReader(plain)); ; {
-		h, err := tr.Next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		if files[h.Name], err = io.ReadAll(tr); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, e := range l.Entries {
-		if e.Kind == index.File && !bytes.Equal(seg[e.Off:e.Off+e.Size], files[e.Path]) {
-			t.Fatalf("%s has other content", e.Path)
-		}
-	}
+	layertest.SameEntries(t, l, plain, layertest.Limits{Seconds: true, Last: reordered, Order: reordered})
+	r := layer.NewReader(l, layer.OneBlob(b))
+	seg := layertest.Segment(t, l, func(off, n int64) (io.ReadCloser, error) { return r.Open(t.Context(), off, n) })
+	layertest.SameContent(t, l, seg, plain)
 }
 
 // TestOpenLargeTOC has a TOC that the first request does not cover.
@@ -230,27 +132,27 @@ func TestOpenLargeTOC(t *testing.T) {
 		toc = fmt.Appendf(toc, `,{"name":"%x","type":"reg"}`, sha256.Sum256([]byte{byte(i), byte(i >> 8)}))
 	}
 	made, d := pack(t, append(toc, "]}"...), false)
-	l, err := Open(t.Context(), made, made.desc(), d)
+	l, err := Open(t.Context(), made, made.Descriptor(nil), d)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if made.requests != 2 || len(l.Entries) != 16_001 {
-		t.Errorf("%d requests, %d entries", made.requests, len(l.Entries))
+	if made.Requests.Load() != 2 || len(l.Entries) != 16_001 {
+		t.Errorf("%d requests, %d entries", made.Requests.Load(), len(l.Entries))
 	}
 }
 
 // pack makes a blob of nothing but a TOC, for TOCs that no builder makes.
-func pack(tb testing.TB, toc []byte, legacy bool) (*blob, digest.Digest) {
+func pack(tb testing.TB, json []byte, legacy bool) (*layertest.Blob, digest.Digest) {
 	tb.Helper()
 	var b bytes.Buffer
 	b.Write(make([]byte, 1000)) // where chunks would be
 	off := b.Len()
 	z := stdgzip.NewWriter(&b)
 	w := tar.NewWriter(z)
-	if err := w.WriteHeader(&tar.Header{Name: tocName, Size: int64(len(toc)), Typeflag: tar.TypeReg}); err != nil {
+	if err := w.WriteHeader(&tar.Header{Name: toc.Name, Size: int64(len(json)), Typeflag: tar.TypeReg}); err != nil {
 		tb.Fatal(err)
 	}
-	if _, err := w.Write(toc); err != nil {
+	if _, err := w.Write(json); err != nil {
 		tb.Fatal(err)
 	}
 	if err := errors.Join(w.Close(), z.Close()); err != nil {
@@ -264,13 +166,13 @@ func pack(tb testing.TB, toc []byte, legacy bool) (*blob, digest.Digest) {
 	b.Write([]byte{byte(len(field)), 0})
 	b.WriteString(field)
 	b.WriteString("\x01\x00\x00\xff\xff\x00\x00\x00\x00\x00\x00\x00\x00")
-	return &blob{data: b.Bytes()}, digest.FromBytes(toc)
+	return &layertest.Blob{Data: b.Bytes()}, digest.FromBytes(json)
 }
 
 func TestOpenLegacyFooter(t *testing.T) {
 	for _, legacy := range []bool{false, true} {
 		b, toc := pack(t, []byte(`{"version":1,"entries":[{"name":"a/","type":"dir","mode":493}]}`), legacy)
-		l, err := Open(t.Context(), b, b.desc(), toc)
+		l, err := Open(t.Context(), b, b.Descriptor(nil), toc)
 		if err != nil || len(l.Entries) != 1 || l.Entries[0].Path != "a" || l.Entries[0].Mode != 0o755 {
 			t.Errorf("legacy %v: %+v, %v", legacy, l, err)
 		}
@@ -279,21 +181,21 @@ func TestOpenLegacyFooter(t *testing.T) {
 
 func TestOpenErrors(t *testing.T) {
 	good, toc := convert(t, sample(t, 0))
-	change := func(at int) *blob {
-		b := &blob{data: bytes.Clone(good.data)}
-		b.data[len(b.data)+at] ^= 1
+	change := func(at int) *layertest.Blob {
+		b := &layertest.Blob{Data: bytes.Clone(good.Data)}
+		b.Data[len(b.Data)+at] ^= 1
 		return b
 	}
 	cases := []struct {
 		name string
-		b    *blob
+		b    *layertest.Blob
 		toc  digest.Digest
 		is   func(error) bool
 		says string
 	}{
-		{"no eStargz", &blob{data: noise(5000)}, toc, errdefs.IsInvalidArgument, "no eStargz footer"},
-		{"short", &blob{data: noise(10)}, toc, errdefs.IsInvalidArgument, "no eStargz footer"},
-		{"empty", &blob{}, toc, errdefs.IsInvalidArgument, "no eStargz footer"},
+		{"no eStargz", &layertest.Blob{Data: noise(5000)}, toc, errdefs.IsInvalidArgument, "no eStargz footer"},
+		{"short", &layertest.Blob{Data: noise(10)}, toc, errdefs.IsInvalidArgument, "no eStargz footer"},
+		{"empty", &layertest.Blob{}, toc, errdefs.IsInvalidArgument, "no eStargz footer"},
 		{"no digest", good, "", errdefs.IsInvalidArgument, "TOC digest"},
 		{"another TOC", good, digest.FromString("x"), errdefs.IsDataLoss, "does not have the digest"},
 		{"broken TOC", change(-100), toc, errdefs.IsDataLoss, ""},
@@ -302,8 +204,8 @@ func TestOpenErrors(t *testing.T) {
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			_, err := Open(t.Context(), c.b, c.b.desc(), c.toc)
-			if err == nil || !c.is(err) || !strings.Contains(err.Error(), c.b.desc().Digest.String()) || !strings.Contains(err.Error(), c.says) {
+			_, err := Open(t.Context(), c.b, c.b.Descriptor(nil), c.toc)
+			if err == nil || !c.is(err) || !strings.Contains(err.Error(), c.b.Descriptor(nil).Digest.String()) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("error %v, want one that says %q", err, c.says)
 			}
 		})
@@ -313,7 +215,84 @@ func TestOpenErrors(t *testing.T) {
 // TestOpenBomb has a TOC that compresses too well.
 func TestOpenBomb(t *testing.T) {
 	b, toc := pack(t, append([]byte(`{"version":1,"entries":[`), bytes.Repeat([]byte(" "), 64<<20)...), false)
-	if _, err := Open(t.Context(), b, b.desc(), toc); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "compressed to") {
+	if _, err := Open(t.Context(), b, b.Descriptor(nil), toc); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "compressed to") {
 		t.Errorf("error %v", err)
 	}
+}
+
+// TestOpenTorture converts layers with everything in them.
+func TestOpenTorture(t *testing.T) {
+	for i, plain := range torture.Layers() {
+		for name, opts := range map[string][]builder.Option{
+			"default": nil,
+			"inner":   {builder.WithChunkSize(30_000), builder.WithMinChunkSize(100_000)},
+		} {
+			t.Run(fmt.Sprint(i, " ", name), func(t *testing.T) {
+				b, sum := convert(t, plain, opts...)
+				l, err := Open(t.Context(), b, b.Descriptor(nil), sum)
+				if err != nil {
+					t.Fatal(err)
+				}
+				checkLayer(t, l, b, plain, true)
+			})
+		}
+	}
+}
+
+// TestPrefetch has the landmarks that the builder sets.
+func TestPrefetch(t *testing.T) {
+	plain := sample(t, 20)
+	b, sum := convert(t, plain, builder.WithPrioritizedFiles([]string{"etc/large", "f/7"}))
+	l, err := Open(t.Context(), b, b.Descriptor(nil), sum)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := map[string]bool{"etc/large": true, "f/7": true}
+	end := int64(0)
+	for _, e := range l.Entries {
+		if first[e.Path] {
+			end = max(end, index.RoundUp(e.Off+e.Size))
+		}
+	}
+	if want := []index.Range{{Len: end}}; !slices.Equal(l.Prefetch, want) {
+		t.Errorf("prefetch %v, want %v", l.Prefetch, want)
+	}
+	b, sum = convert(t, plain)
+	if l, err = Open(t.Context(), b, b.Descriptor(nil), sum); err != nil || l.Prefetch != nil {
+		t.Errorf("without prioritized files: %v, %v", l.Prefetch, err)
+	}
+}
+
+func TestTOC(t *testing.T) {
+	want := digest.FromString("x")
+	for _, c := range []struct {
+		value string
+		ok    bool
+	}{{want.String(), true}, {"", false}, {"sha256:1", false}, {"x", false}} {
+		if got, ok := TOC(map[string]string{TOCDigest: c.value}); ok != c.ok || ok && got != want {
+			t.Errorf("%q: %s, %v", c.value, got, ok)
+		}
+	}
+}
+
+func FuzzFooter(f *testing.F) {
+	for _, legacy := range []bool{false, true} {
+		b, _ := pack(f, nil, legacy)
+		f.Add(b.Data[len(b.Data)-60:])
+	}
+	external, _, _ := convertExternal(f, sample(f, 0))
+	f.Add(external.Data[len(external.Data)-60:])
+	f.Fuzz(func(t *testing.T, tail []byte) {
+		size, off, err := parseFooter(tail)
+		if err != nil {
+			if !errdefs.IsInvalidArgument(err) && !errdefs.IsNotFound(err) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if off < 0 || size > int64(len(tail)) ||
+			!bytes.Contains(bytes.ToLower(tail[int64(len(tail))-size:]), fmt.Appendf(nil, "%016xstargz", off)) {
+			t.Fatalf("footer of %d bytes, TOC at %d", size, off)
+		}
+	})
 }

@@ -20,6 +20,9 @@ const (
 
 // Segment takes a segment's bytes from the first to the last.
 type Segment interface {
+	// Begin says that the bytes of a file follow, of the given size with all
+	// holes. Bytes so far are whole blocks.
+	Begin(path string, size int64) error
 	// ReadFrom takes all bytes of r.
 	ReadFrom(r io.Reader) (n int64, err error)
 	// WriteZeros is as ReadFrom of n zeros, which may be many.
@@ -88,7 +91,7 @@ func (s *scanner) add(h *header) error {
 		return nil
 	}
 	if content && h.size > 0 {
-		if e.Off, err = s.content(h); err != nil {
+		if e.Off, err = s.content(h, e.Path); err != nil {
 			return fmt.Errorf("tar entry %q: %w", shorten(h.name), err)
 		}
 	}
@@ -135,8 +138,14 @@ func (s *scanner) checkSize(h *header) error {
 }
 
 // content writes a file to the segment and returns where.
-func (s *scanner) content(h *header) (int64, error) {
+func (s *scanner) content(h *header, path string) (int64, error) {
 	off := s.layout.Place(h.size)
+	if err := s.zerosTo(off); err != nil {
+		return 0, err
+	}
+	if err := s.seg.Begin(path, h.size); err != nil {
+		return 0, err
+	}
 	fragments := h.fragments
 	if fragments == nil {
 		fragments = []fragment{{0, h.size}}

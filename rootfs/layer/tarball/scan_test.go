@@ -20,13 +20,25 @@ import (
 // memory is a Segment that keeps what it gets, up to bigContent bytes.
 type memory struct {
 	bytes.Buffer
-	n int64
+	n     int64
+	begun map[int64]int64 // sizes of files by where they begin
 }
 
 func (m *memory) ReadFrom(r io.Reader) (int64, error) {
 	n, err := m.Buffer.ReadFrom(r)
 	m.n += n
 	return n, err
+}
+
+func (m *memory) Begin(path string, size int64) error {
+	if p, err := Clean(path); p != path || err != nil || m.n%index.BlockSize != 0 {
+		return fmt.Errorf("%s, %d bytes, begins after %d", path, size, m.n)
+	}
+	if m.begun == nil {
+		m.begun = map[int64]int64{}
+	}
+	m.begun[m.n] = size
+	return nil
 }
 
 func (m *memory) WriteZeros(n int64) error {
@@ -72,6 +84,9 @@ func checkScan(t *testing.T, stream []byte) {
 		}
 		if e.Off%index.BlockSize != 0 || e.Off < 0 || e.Off+e.Size > res.Size {
 			t.Fatalf("%s is at %d+%d of %d", e.Path, e.Off, e.Size, res.Size)
+		}
+		if seg.begun[e.Off] != e.Size {
+			t.Fatalf("no file of %d bytes was said to begin at %d", e.Size, e.Off)
 		}
 		if len(want) > 0 && !slices.ContainsFunc(want[e.Size], func(b []byte) bool {
 			return bytes.Equal(b, seg.Bytes()[e.Off:e.Off+e.Size])

@@ -1,23 +1,43 @@
-package estargz
+package toc
 
 import (
-	"bytes"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
 	"github.com/tatami-containers/tatami/rootfs/layer/tarball"
 )
 
-// parse makes a layer of a TOC that begins at byte end of the blob.
-func parse(toc []byte, desc layer.Descriptor, end int64) (*index.Layer, error) {
-	p := parser{end: end, links: map[string]string{}}
+// Format is how the blob of a TOC is made.
+type Format struct {
+	Codec index.Codec // of every piece
+	// Marked says that some names are not the layer's but the format's (eStargz
+	// and what descends from it): the TOC and the landmarks.
+	Marked bool
+}
+
+// Names of the files that a marked format adds to a layer.
+const (
+	Name           = "stargz.index.json"
+	prefetchMark   = ".prefetch.landmark"
+	noPrefetchMark = ".no.prefetch.landmark"
+)
+
+// Parse makes a layer of a TOC's JSON. The data of the blob ends at byte end of
+// it, where the TOC or the blob's own end is.
+//
+// Files that come before the prefetch landmark are the layer's Prefetch, unless
+// there is the landmark that says no. Errors are ErrInvalidArgument and do not
+// name the blob.
+func Parse(json []byte, desc layer.Descriptor, end int64, format Format) (*index.Layer, error) {
+	p := parser{format: format, end: end, links: map[string]string{}}
 	p.layer.Blob, p.layer.BlobSize = desc.Digest, desc.Size
 	p.layer.Access.Format = index.Chunked
-	err := eachEntry(toc, func(e *tocEntry) error {
+	err := eachEntry(json, func(e *entry) error {
 		if err := p.add(e); err != nil {
 			return fmt.Errorf("entry %.255q: %w", e.Name, err)
 		}
@@ -27,20 +47,33 @@ func parse(toc []byte, desc layer.Descriptor, end int64) (*index.Layer, error) {
 		err = p.finish()
 	}
 	if err != nil {
-		return nil, fmt.Errorf("TOC: %w", invalid(err))
+		return nil, fmt.Errorf("TOC: %w", Invalid(err))
 	}
 	return &p.layer, nil
 }
 
+// Invalid classes an error as ErrInvalidArgument: the layer is at fault.
+func Invalid(err error) error {
+	if errdefs.IsInvalidArgument(err) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+}
+
 type parser struct {
+	format Format
 	layer  index.Layer
 	layout index.Layout
-	end    int64             // of the last member in the blob
+	end    int64             // of the data in the blob
 	text   int64             // bytes of strings kept
+	zeros  int64             // bytes of zeros hashed
 	links  map[string]string // names that are hard links now, and their targets
 	file   file
 	member member
 	open   int // pieces from here on have no length yet
+
+	prefetch   int64 // segment offset of the prefetch landmark
+	noPrefetch bool
 }
 
 // file is the regular file whose chunks are being read.
@@ -48,18 +81,12 @@ type file struct {
 	size   int64
 	seen   int64 // bytes that chunks so far cover
 	off    int64 // in the segment
+	end    int64 // in the blob, of its last chunk; 0 if not known
 	hidden bool  // not part of the layer: its chunks only bound others
 }
 
-// member is the gzip member of the latest chunk.
-type member struct {
-	off   int64
-	inner int64 // end of that chunk in the inflated member
-	any   bool
-}
-
 // add takes in one entry.
-func (p *parser) add(e *tocEntry) error {
+func (p *parser) add(e *entry) error {
 	if string(e.Type) == "chunk" {
 		if p.file.seen == p.file.size {
 			return errors.New("chunk of no file")
@@ -83,34 +110,48 @@ func (p *parser) add(e *tocEntry) error {
 }
 
 // name adds the entry of a name and starts its file.
-func (p *parser) name(e *tocEntry, name string) error {
+func (p *parser) name(e *entry, name string) error {
 	p.file = file{}
 	if string(e.Type) == "reg" {
 		if e.Size < 0 || e.Size > index.MaxSegment-p.layout.Size() {
 			return fmt.Errorf("size of %d bytes", e.Size)
 		}
-		p.file = file{size: e.Size, hidden: true}
+		p.file = file{size: e.Size, end: e.EndOffset, hidden: true}
 	}
 	mark, about, err := tarball.Mark(name)
 	switch {
 	case err != nil:
 		return err
-	case name == tocName || name == prefetchMark || name == noPrefetchMark || mark == tarball.IgnoredMark:
+	case p.format.Marked && p.landmark(name), mark == tarball.IgnoredMark:
 		return nil
 	case mark == tarball.WhiteoutMark:
 		return p.keep(index.Entry{Path: about, Kind: index.Whiteout})
 	case mark == tarball.OpaqueMark:
 		return p.keep(index.Entry{Path: about, Kind: index.Opaque})
 	}
-	entry, err := newEntry(e, name)
+	made, err := newEntry(e, name)
 	if err != nil {
 		return err
 	}
-	if entry.Kind == index.File {
-		entry.Size, entry.Off = e.Size, p.layout.Place(e.Size)
-		p.file = file{size: e.Size, off: entry.Off}
+	if made.Kind == index.File {
+		made.Size, made.Off = e.Size, p.layout.Place(e.Size)
+		p.file = file{size: e.Size, off: made.Off, end: e.EndOffset}
 	}
-	return p.keep(entry)
+	return p.keep(made)
+}
+
+// landmark notes what a name that is the format's means.
+func (p *parser) landmark(name string) bool {
+	switch name {
+	case Name:
+	case prefetchMark:
+		p.prefetch = p.layout.Size()
+	case noPrefetchMark:
+		p.noPrefetch = true
+	default:
+		return false
+	}
+	return true
 }
 
 // keep adds an entry to the layer.
@@ -156,37 +197,37 @@ func kind(typ []byte) index.Kind {
 }
 
 // newEntry makes the entry for a name, without its content.
-func newEntry(e *tocEntry, name string) (index.Entry, error) {
-	entry := index.Entry{Path: name, Kind: kind(e.Type), Mode: uint16(e.Mode & 0o7777)}
+func newEntry(e *entry, name string) (index.Entry, error) {
+	made := index.Entry{Path: name, Kind: kind(e.Type), Mode: uint16(e.Mode & 0o7777)}
 	var err error
-	switch entry.Kind {
+	switch made.Kind {
 	case 0:
-		return entry, fmt.Errorf("unknown type %.32q", e.Type)
+		return made, fmt.Errorf("unknown type %.32q", e.Type)
 	case index.Hardlink:
 		return link(e, name)
 	case index.Symlink:
-		entry.Link = e.LinkName
+		made.Link = e.LinkName
 	case index.Char, index.Block:
-		entry.Major, entry.Minor, err = tarball.Device(e.DevMajor, e.DevMinor)
+		made.Major, made.Minor, err = tarball.Device(e.DevMajor, e.DevMinor)
 	}
 	if err != nil {
-		return entry, err
+		return made, err
 	}
-	if entry.UID, entry.GID, err = tarball.Owner(e.UID, e.GID); err != nil {
-		return entry, err
+	if made.UID, made.GID, err = tarball.Owner(e.UID, e.GID); err != nil {
+		return made, err
 	}
 	if len(e.ModTime) > 0 {
 		var t time.Time
 		if err := t.UnmarshalText(e.ModTime); err != nil {
-			return entry, fmt.Errorf("modification time: %w", err)
+			return made, fmt.Errorf("modification time: %w", err)
 		}
-		entry.Sec, entry.Nsec = t.Unix(), uint32(t.Nanosecond())
+		made.Sec, made.Nsec = t.Unix(), uint32(t.Nanosecond())
 	}
-	entry.Xattrs = xattrs(e)
-	return entry, nil
+	made.Xattrs = xattrs(e)
+	return made, nil
 }
 
-func xattrs(e *tocEntry) []index.Xattr {
+func xattrs(e *entry) []index.Xattr {
 	var list []index.Xattr
 	for name, value := range e.Xattrs {
 		if tarball.KeepXattr(name) {
@@ -197,91 +238,12 @@ func xattrs(e *tocEntry) []index.Xattr {
 	return list
 }
 
-func link(e *tocEntry, name string) (index.Entry, error) {
+func link(e *entry, name string) (index.Entry, error) {
 	target, err := tarball.Clean(e.LinkName)
 	if err != nil {
 		return index.Entry{}, fmt.Errorf("hard link to %.255q: %w", e.LinkName, err)
 	}
 	return index.Entry{Path: name, Kind: index.Hardlink, Link: target}, nil
-}
-
-// chunk adds the chunk that e describes to the current file.
-func (p *parser) chunk(e *tocEntry) error {
-	f := &p.file
-	n := e.ChunkSize
-	if n == 0 {
-		n = f.size - f.seen
-	}
-	if e.ChunkOffset != f.seen || n <= 0 || n > f.size-f.seen {
-		return fmt.Errorf("chunk %d+%d does not follow the %d bytes before it in a file of %d",
-			e.ChunkOffset, n, f.seen, f.size)
-	}
-	if err := p.place(e, n); err != nil {
-		return err
-	}
-	start := f.off + f.seen
-	f.seen += n
-	if f.hidden {
-		return nil
-	}
-	if n > index.MaxChunk {
-		return fmt.Errorf("chunk of %d bytes; convert the image with chunks of up to %d bytes", n, index.MaxChunk)
-	}
-	digest := e.ChunkDigest
-	if len(digest) == 0 && n == f.size {
-		digest = e.Digest
-	}
-	sum, err := parseSum(digest)
-	if err != nil {
-		return err
-	}
-	p.layer.Table.Chunks = append(p.layer.Table.Chunks, index.Chunk{Off: start, Len: n, Sum: sum})
-	p.layer.Access.Pieces = append(p.layer.Access.Pieces, index.Piece{Off: e.Offset, Inner: e.InnerOffset, Codec: index.GzipMember})
-	return nil
-}
-
-// place checks where a chunk lies in the blob. Members come by rising offset,
-// and chunks in them too; each member ends where the next one begins.
-func (p *parser) place(e *tocEntry, n int64) error {
-	m := &p.member
-	if e.Offset < 0 || e.Offset >= p.end || e.InnerOffset < 0 || e.InnerOffset > maxInner {
-		return fmt.Errorf("chunk at byte %d, %d in it, of %d", e.Offset, e.InnerOffset, p.end)
-	}
-	switch {
-	case m.any && e.Offset < m.off, m.any && e.Offset == m.off && e.InnerOffset < m.inner:
-		return fmt.Errorf("chunk at byte %d, %d in it, overlaps the one before", e.Offset, e.InnerOffset)
-	case m.any && e.Offset > m.off:
-		p.endMember(e.Offset)
-	}
-	*m = member{off: e.Offset, inner: e.InnerOffset + n, any: true}
-	return nil
-}
-
-// endMember gives the pieces of the latest member their length.
-func (p *parser) endMember(end int64) {
-	pieces := p.layer.Access.Pieces
-	for ; p.open < len(pieces); p.open++ {
-		pieces[p.open].Len = end - pieces[p.open].Off
-	}
-}
-
-// parseSum reads "sha256:" and 64 hexadecimal digits.
-func parseSum(s []byte) (index.Sum, error) {
-	var sum index.Sum
-	digits, ok := bytes.CutPrefix(s, []byte("sha256:"))
-	if !ok || len(digits) != hex.EncodedLen(len(sum)) {
-		return sum, fmt.Errorf("chunk digest %.80q is not SHA-256", s)
-	}
-	_, err := hex.Decode(sum[:], digits)
-	return sum, err
-}
-
-// endFile checks that the chunks of the last file cover it.
-func (p *parser) endFile() error {
-	if p.file.seen != p.file.size {
-		return fmt.Errorf("chunks of the file before cover %d of its %d bytes", p.file.seen, p.file.size)
-	}
-	return nil
 }
 
 // finish checks what only the whole TOC shows.
@@ -291,6 +253,9 @@ func (p *parser) finish() error {
 	}
 	p.endMember(p.end)
 	p.layer.Table.Size = p.layout.Size()
+	if p.prefetch > 0 && !p.noPrefetch {
+		p.layer.Prefetch = []index.Range{{Len: p.prefetch}}
+	}
 	return p.checkLinks()
 }
 

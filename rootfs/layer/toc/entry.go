@@ -1,33 +1,16 @@
-package estargz
+package toc
 
 import (
 	"encoding/json"
 	"errors"
 	"fmt"
-
-	"github.com/tatami-containers/tatami/rootfs/index"
 )
 
-// Names of files that the format adds to a layer.
-const (
-	tocName        = "stargz.index.json"
-	prefetchMark   = ".prefetch.landmark"
-	noPrefetchMark = ".no.prefetch.landmark"
-)
+const version = 1
 
-const tocVersion = 1
-
-// Limits of a layer, far above what images have, so that no TOC can exhaust
-// memory, the time of a read, or the address space of an image.
-const (
-	maxEntries = index.MaxEntries // chunks counted
-	maxText    = 512 << 20        // names, link targets and attributes, bytes
-	maxInner   = 256 << 20        // bytes to inflate for nothing before a chunk
-)
-
-// tocEntry is one element of the TOC, a name or a further chunk of a file.
+// entry is one element of a TOC, a name or a further chunk of a file.
 // Its byte slices are parts of the TOC.
-type tocEntry struct {
+type entry struct {
 	Name     string
 	Type     []byte // dir, reg, symlink, hardlink, char, block, fifo; or chunk
 	Size     int64
@@ -42,16 +25,18 @@ type tocEntry struct {
 	Xattrs map[string][]byte
 
 	Digest      []byte // of the file
-	Offset      int64  // of the gzip member in the blob
-	InnerOffset int64  // of the chunk in the inflated member
+	Offset      int64  // of the gzip member or zstd frame in the blob
+	EndOffset   int64  // in the blob, behind the frame of the file's last chunk; 0: not known
+	InnerOffset int64  // of the chunk in the plain bytes of the member
 	ChunkOffset int64  // of the chunk in the file
 	ChunkSize   int64  // 0: to the end of the file
 	ChunkDigest []byte // of the plain chunk
+	ChunkType   []byte // "zeros", or empty
 }
 
 // field reads the value of a key. Keys that say nothing that is needed, such
 // as userName, are skipped.
-func (e *tocEntry) field(s *scanner, key []byte) (err error) {
+func (e *entry) field(s *scanner, key []byte) (err error) {
 	switch string(key) {
 	case "name":
 		e.Name, err = copied(s.text())
@@ -77,6 +62,8 @@ func (e *tocEntry) field(s *scanner, key []byte) (err error) {
 		e.Digest, err = s.text()
 	case "offset":
 		e.Offset, err = s.number()
+	case "endOffset":
+		e.EndOffset, err = s.number()
 	case "innerOffset":
 		e.InnerOffset, err = s.number()
 	case "chunkOffset":
@@ -85,6 +72,8 @@ func (e *tocEntry) field(s *scanner, key []byte) (err error) {
 		e.ChunkSize, err = s.number()
 	case "chunkDigest":
 		e.ChunkDigest, err = s.text()
+	case "chunkType":
+		e.ChunkType, err = s.text()
 	case "xattrs":
 		var v []byte
 		if v, err = s.value(); err == nil {
@@ -100,13 +89,13 @@ func copied(b []byte, err error) (string, error) { return string(b), err }
 
 // eachEntry decodes a TOC and calls f for one entry after the other, so that
 // they do not all have to be in memory at their largest. f must not keep e.
-func eachEntry(toc []byte, f func(e *tocEntry) error) error {
+func eachEntry(toc []byte, f func(e *entry) error) error {
 	s := &scanner{data: toc}
-	version, seen := int64(0), false
+	got, seen := int64(0), false
 	err := s.object(func(key []byte) (err error) {
 		switch string(key) {
 		case "version":
-			version, err = s.number()
+			got, err = s.number()
 		case "entries":
 			if seen {
 				return errors.New("two lists of entries")
@@ -121,8 +110,8 @@ func eachEntry(toc []byte, f func(e *tocEntry) error) error {
 	switch {
 	case err != nil:
 		return err
-	case version != tocVersion || !seen:
-		return fmt.Errorf("TOC of version %d, which is not supported", version)
+	case got != version || !seen:
+		return fmt.Errorf("TOC of version %d, which is not supported", got)
 	case s.peek() != 0 || s.pos != len(toc):
 		return s.fail("data behind the TOC")
 	}
@@ -130,13 +119,13 @@ func eachEntry(toc []byte, f func(e *tocEntry) error) error {
 }
 
 // entries decodes the list of entries.
-func (s *scanner) entries(f func(e *tocEntry) error) error {
+func (s *scanner) entries(f func(e *entry) error) error {
 	n := 0
 	return s.each('[', ']', func() error {
 		if n++; n > maxEntries {
 			return errors.New("too many entries")
 		}
-		var e tocEntry
+		var e entry
 		if err := s.object(func(key []byte) error { return e.field(s, key) }); err != nil {
 			return err
 		}
