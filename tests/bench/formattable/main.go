@@ -16,6 +16,7 @@ import (
 	"slices"
 
 	"github.com/tatami-containers/tatami/tools/bench"
+	"github.com/tatami-containers/tatami/tools/progress"
 	"github.com/tatami-containers/tatami/tools/run"
 )
 
@@ -74,8 +75,8 @@ func row(dir, format string, full map[string]runs) string {
 		return fmt.Sprintf("| %s | - | - | - | - | - | - |", format)
 	}
 	size := cold[0].CompressedSize
-	s := fmt.Sprintf("| %s | %s | %s | %.1f× |", format, run.Bytes(size),
-		run.Bytes(int64(cold.median(func(r *run.Report) float64 { return float64(r.FetchedAtMount) }))),
+	s := fmt.Sprintf("| %s | %s | %s | %.1f× |", format, progress.Bytes(size),
+		progress.Bytes(int64(cold.median(func(r *run.Report) float64 { return float64(r.FetchedAtMount) }))),
 		full["line"].median(mounted)/cold.median(mounted))
 	for _, p := range programs {
 		ways := read(dir, p, format)
