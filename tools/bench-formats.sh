@@ -50,7 +50,7 @@ for d, _, names in os.walk("/"):
 mkdir "$work/runs"
 start() { # PROGRAM FORMAT ROUND WAYS
 	eval "code=\$$1"
-	bin/tatami bench start --vm none --link "$link" --ways "$4" --format json "$REGISTRY/torch/$2:v1" -- python3 -c "$code" \
+	bin/tatami bench start --vm none --link "$link" --ways "$4" --format json "$REGISTRY/torch/$2:v1" -- -c "$code" \
 		>"$work/runs/$1.$2.$3.json" 2>"$work/log" || { echo "$2 cannot be started:" >&2; tail -n 2 "$work/log" >&2; }
 }
 for round in $(seq "$rounds"); do
@@ -67,7 +67,7 @@ section "starts, times faster than a full pull of the gzip image (link $link; hi
 
 section "the index of the gzip image, and building it against decompressing"
 root=$work/node
-bin/tatami run --vm none --root "$root" --format json --report "$work/report" "$REGISTRY/torch/gzip:v1" -- python3 -c "$line" >/dev/null 2>&1
+bin/tatami run --vm none --root "$root" --format json --report "$work/report" "$REGISTRY/torch/gzip:v1" -- -c "$line" >/dev/null 2>&1
 layers=$(python3 -c 'import json, sys
 print(*(p["took_s"] for p in json.load(open(sys.argv[1]))["phases"] if p["name"] == "layers"))' "$work/report")
 blobs=$(find "$v1/oci/blobs/sha256/" -size +1M)
@@ -85,7 +85,7 @@ awk -v l="$layers" -v g="$gzip" -v s="$std" -v p="$plain" -v i="$index" -v c="$p
 
 section "the next version of the image on the same node"
 before=$(du -sB1 "$root/store" | cut -f 1)
-bin/tatami run --vm none --root "$root" --format json --report "$work/report" "$REGISTRY/torch/v2:v1" -- python3 -c "$all" >/dev/null 2>&1
+bin/tatami run --vm none --root "$root" --format json --report "$work/report" "$REGISTRY/torch/v2:v1" -- -c "$all" >/dev/null 2>&1
 python3 -c 'import json, sys
 r = json.load(open(sys.argv[1]))
 print("From the registry: %.1f MB of %.1f." % (r["fetched"] / 1e6, r["compressed_size"] / 1e6))' "$work/report"
