@@ -159,7 +159,7 @@ func checkOurs(t *testing.T, l *index.Layer, b memory, want *index.Layer) {
 			t.Errorf("entry\n got %s\nwant %s", g, w)
 		}
 	}
-	s, err := plainlayer.NewReader(l, b).Open(t.Context(), 0, l.Table.Size)
+	s, err := plainlayer.NewReader(l, plainlayer.OneBlob(b)).Open(t.Context(), 0, l.Table.Size)
 	if err != nil {
 		t.Fatal(err)
 	}
