@@ -49,11 +49,11 @@ func (o Options) span(size int64) int64 {
 	return min(max(size/spans, minSpan), maxSpan)
 }
 
-// Build reads a whole blob from r, a tar that is plain or compressed with gzip or zstd, and writes the plain
-// bytes of its segment to seg, which may be a ZeroWriter. Nothing that was
-// written may be used before Build returns without an error: digest and size of
-// the blob are known only then. On error it may have to wait for a Read of r to
-// return.
+// Build reads a whole blob from r, a tar that is plain or compressed with gzip
+// or zstd, and writes the plain bytes of its segment to seg, which may be a
+// ZeroWriter. Nothing that was written may be used before Build returns without
+// an error: digest and size of the blob are known only then. On error it may
+// have to wait for a Read of r to return.
 //
 // Errors: ErrDataLoss for a blob that is not the one described (another copy may
 // be right) or that does not inflate, ErrInvalidArgument for a media type or, in
@@ -80,21 +80,20 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 	defer cancel()
 
 	// Three goroutines share the work: reading and hashing the blob, inflating
-	// (most of it, and zstd takes more), and here hashing and sorting out what comes out.
+	// (most of it; zstd's decoder has some more), and here hashing and sorting
+	// out what comes out.
 	blob := &verified{ctx: ctx, r: r, desc: desc, verifier: desc.Digest.Verifier(), progress: opts.Progress}
 	packed := startAhead(ctx, &stages, blob)
-	head := make([]byte, 4)
-	n, err := io.ReadFull(packed, head)
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+	head, whole, err := peek(packed)
+	if err != nil {
 		return nil, err
 	}
-	whole := io.MultiReader(bytes.NewReader(head[:n]), packed)
 	b := builder{desc: desc, seg: newSegment(seg), skeleton: opts.Skeleton}
-	if !gzip.IsGzip(head[:n]) && !zstd.IsZstd(head[:n]) {
+	if !gzip.IsGzip(head) && !zstd.IsZstd(head) {
 		l, err := b.scan(whole, index.Tar)
 		return l, blame(err, whole)
 	}
-	z, format := opts.decoder(head[:n], whole, desc.Size)
+	z, format := opts.decoder(head, whole, desc.Size)
 	defer func() {
 		cancel()
 		stages.Wait()
@@ -108,6 +107,17 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 	stages.Wait()
 	l.Access.Checkpoints = z.Checkpoints()
 	return l, nil
+}
+
+// peek returns the first bytes of a blob, which tell its compression, and the
+// whole of it.
+func peek(blob io.Reader) (head []byte, whole io.Reader, err error) {
+	head = make([]byte, 4)
+	n, err := io.ReadFull(blob, head)
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return nil, nil, err
+	}
+	return head[:n], io.MultiReader(bytes.NewReader(head[:n]), blob), nil
 }
 
 // recorder is a decoder that notes where later ones can start.

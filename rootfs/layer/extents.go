@@ -9,7 +9,8 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/index"
 )
 
-// extentRuns finds the data of a range in a tar stream (formats Tar, Gzip and Zstd).
+// extentRuns finds the data of a range in a tar stream (formats Tar, Gzip and
+// Zstd).
 type extentRuns struct {
 	ctx context.Context
 	r   *Reader
@@ -93,8 +94,8 @@ func (e *extentRuns) group(off int64) int64 {
 	}
 }
 
-// openPacked asks for the blob from the checkpoint before e.at to the first one
-// that is not before e.until.
+// openPacked asks for a compressed blob from the checkpoint before e.at to the
+// first one that is not before e.until.
 func (e *extentRuns) openPacked() error {
 	points := e.r.layer.Access.Checkpoints
 	first := sort.Search(len(points), func(i int) bool { return points[i].Out > e.at }) - 1
@@ -115,9 +116,9 @@ func (e *extentRuns) openPacked() error {
 	}
 	var z plain
 	if e.r.layer.Access.Format == index.Zstd {
-		z = e.r.zstd.Resume(body, c)
+		z = zstdPool.Resume(body, c)
 	} else {
-		z = e.r.gzip.Resume(body, c)
+		z = gzipPool.Resume(body, c)
 	}
 	e.body, e.plain = &unpacked{body, z}, z
 	return discard(e.ctx, z, e.at-c.Out)

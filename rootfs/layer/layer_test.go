@@ -302,6 +302,28 @@ func TestReaderAsksForLittle(t *testing.T) {
 	}
 }
 
+// TestReaderAsksForFrames holds that of many zstd frames only those of a range
+// are asked for.
+func TestReaderAsksForFrames(t *testing.T) {
+	blob := zstdFrames(sampleTar(), 64<<10)
+	l, err := layer.Build(t.Context(), bytes.NewReader(blob), describe(blob), io.Discard, layer.Options{Span: 100_000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &memoryBlob{data: blob}
+	s, err := layer.NewReader(l, layer.OneBlob(b)).Open(t.Context(), l.Table.Size/3, 64<<10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := io.Copy(io.Discard, s); err != nil {
+		t.Fatal(err)
+	}
+	if limit := int64(len(blob)) / 10; b.requests != 1 || b.asked > limit {
+		t.Errorf("%d requests for %d bytes of %d, want one for less than %d", b.requests, b.asked, len(blob), limit)
+	}
+}
+
 func TestOpenErrors(t *testing.T) {
 	blob := sampleGzip()
 	l, err := layer.Build(t.Context(), bytes.NewReader(blob), describe(blob), io.Discard, layer.Options{})

@@ -23,9 +23,13 @@ type Reader struct {
 	layer *index.Layer
 	blobs Blobs
 	own   Blob // the layer's; checked by spans if there are any
-	gzip  gzip.Pool
-	zstd  zstd.Pool
 }
+
+// Decoders are shared by all Readers, for most of those live for one fetch.
+var (
+	gzipPool gzip.Pool
+	zstdPool zstd.Pool
+)
 
 // Blobs finds a blob of a layer: its own or one of Access.Blobs.
 type Blobs func(ref index.BlobRef) Blob
@@ -34,7 +38,7 @@ type Blobs func(ref index.BlobRef) Blob
 func OneBlob(b Blob) Blobs { return func(index.BlobRef) Blob { return b } }
 
 // NewReader reads the segment of l from its blobs. It keeps l, which must be
-// valid and not change.
+// valid (index.Layer.Validate) and not change.
 func NewReader(l *index.Layer, blobs Blobs) *Reader {
 	own := blobs(index.BlobRef{Digest: l.Blob, Size: l.BlobSize})
 	if spans := l.Access.Spans; len(spans) > 0 {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"sort"
@@ -87,7 +88,7 @@ func (r *spanReader) next() error {
 	}
 	r.span.Next(r.span.Len() - shared)
 	if _, err := io.CopyN(&r.span, r.body, s.Len-int64(shared)); err != nil {
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 		return fmt.Errorf("span %d of blob %s: %w", r.i, r.blob.name, err)

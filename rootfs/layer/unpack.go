@@ -18,11 +18,11 @@ func (r *Reader) unpack(packed io.Reader, x index.Piece, n int64) (plain, error)
 	case index.Stored:
 		return stored{packed}, nil
 	case index.GzipMember:
-		return r.gzip.NewReader(packed), nil
+		return gzipPool.NewReader(packed), nil
 	case index.ZstdFrame:
-		return r.zstd.Resume(packed, index.Checkpoint{Bit: x.Off * 8}), nil
+		return zstdPool.Resume(packed, index.Checkpoint{Bit: x.Off * 8}), nil
 	case index.Deflate:
-		return r.gzip.Resume(packed, r.layer.Access.Checkpoints[x.Point]), nil
+		return gzipPool.Resume(packed, r.layer.Access.Checkpoints[x.Point]), nil
 	case index.LZ4Block:
 		b, err := lz4Block(packed, x, n)
 		if err != nil {

@@ -67,7 +67,7 @@ func (f *frames) reset(src io.Reader, pos int64) {
 // io.EOF for the frame before, or there was none.
 func (f *frames) next() (window uint64, err error) {
 	for {
-		b, err := f.peek(magicSize)
+		b, err := f.src.Peek(magicSize)
 		if len(b) == 0 && errors.Is(err, io.EOF) {
 			return 0, io.EOF
 		}
@@ -87,12 +87,9 @@ func (f *frames) next() (window uint64, err error) {
 	}
 }
 
-// peek returns the next n bytes, and fewer only with an error.
-func (f *frames) peek(n int) ([]byte, error) { return f.src.Peek(n) }
-
 // skip passes over a skippable frame.
 func (f *frames) skip() error {
-	b, err := f.peek(skipSize)
+	b, err := f.src.Peek(skipSize)
 	if err != nil {
 		return f.fail(err)
 	}
@@ -108,12 +105,12 @@ func (f *frames) skip() error {
 // begin reads the header of a frame and leaves it to be passed on (section
 // 3.1.1.1).
 func (f *frames) begin() (window uint64, err error) {
-	b, err := f.peek(magicSize + 1)
+	b, err := f.src.Peek(magicSize + 1)
 	if err != nil {
 		return 0, f.fail(err)
 	}
 	h := header(b[magicSize])
-	if b, err = f.peek(magicSize + h.size()); err != nil {
+	if b, err = f.src.Peek(magicSize + h.size()); err != nil {
 		return 0, f.fail(err)
 	}
 	window = h.window(b[magicSize:])
@@ -150,7 +147,7 @@ func (f *frames) Read(p []byte) (int, error) {
 // block reads the header of a block (section 3.1.1.2) and leaves it to be
 // passed on.
 func (f *frames) block() error {
-	b, err := f.peek(blockSize)
+	b, err := f.src.Peek(blockSize)
 	if err != nil {
 		return f.fail(err)
 	}
