@@ -31,7 +31,7 @@ func (f *Finder) tocWay(l Layer) (Way, bool) {
 	toc, ok := estargz.TOC(l.Annotations)
 	return f.rangedWay(FromTOC, l, toc, func(ctx context.Context, b layer.Blob) (*index.Layer, error) {
 		made, err := estargz.Open(ctx, b, l.Descriptor, toc)
-		if errdefs.IsInvalidArgument(err) {
+		if errdefs.IsNotFound(err) { // the footer says that it is elsewhere
 			return f.openExternal(ctx, l, toc, err)
 		}
 		return made, err
