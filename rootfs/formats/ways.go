@@ -31,7 +31,7 @@ func (f *Finder) tocWay(l Layer) (Way, bool) {
 	toc, ok := estargz.TOC(l.Annotations)
 	return f.rangedWay(FromTOC, toc, func(ctx context.Context, blobs blobs) (*index.Layer, error) {
 		made, err := estargz.Open(ctx, blobs(l.Descriptor), l.Descriptor, toc)
-		if errdefs.IsInvalidArgument(err) {
+		if errdefs.IsNotFound(err) {
 			return f.openExternal(ctx, blobs, l, toc, err)
 		}
 		return made, err
