@@ -23,21 +23,24 @@ const maxReferrers = 4
 // what was published beside it (its referrers). What cannot be read is logged
 // and passed over: there are other ways. It must not be called twice.
 func (f *Finder) Discover(ctx context.Context, beside bool) {
-	if desc, ok := artifact.Bound(f.image.Parent, f.image.Desc.Digest); ok {
-		f.take(ctx, desc, true)
+	bound, ok := artifact.Bound(f.image.Parent, f.image.Desc.Digest)
+	if ok {
+		f.take(ctx, bound, true)
 	}
 	if beside {
-		f.referrers(ctx)
+		f.referrers(ctx, bound.Digest)
 	}
 	f.findZtocs(ctx, beside)
 }
 
-// referrers reads the index artifacts that the registry lists for the image.
-func (f *Finder) referrers(ctx context.Context) {
+// referrers reads the index artifacts that the registry lists for the image,
+// but for the bound one, which is usually listed too.
+func (f *Finder) referrers(ctx context.Context, bound digest.Digest) {
 	refs, err := f.repo.Referrers(ctx, f.image.Desc.Digest, index.ArtifactType)
 	if err != nil {
 		f.log.Warn("the registry does not tell what refers to the image", "manifest", f.image.Desc.Digest, "error", err)
 	}
+	refs = slices.DeleteFunc(refs, func(d ocispec.Descriptor) bool { return d.Digest == bound })
 	for _, desc := range refs[:min(len(refs), maxReferrers)] {
 		f.take(ctx, desc, false)
 	}

@@ -24,33 +24,43 @@ import (
 func (f *Finder) tocWay(l Layer) (Way, bool) {
 	if strings.HasSuffix(l.MediaType, "zstd") {
 		toc, ok := zstdchunked.TOC(l.Annotations)
-		return f.rangedWay(FromTOC, l, toc, func(ctx context.Context, b layer.Blob) (*index.Layer, error) {
-			return zstdchunked.Open(ctx, b, l.Descriptor)
+		return f.rangedWay(FromTOC, toc, func(ctx context.Context, blobs blobs) (*index.Layer, error) {
+			return zstdchunked.Open(ctx, blobs(l.Descriptor), l.Descriptor)
 		}), ok
 	}
 	toc, ok := estargz.TOC(l.Annotations)
-	return f.rangedWay(FromTOC, l, toc, func(ctx context.Context, b layer.Blob) (*index.Layer, error) {
-		made, err := estargz.Open(ctx, b, l.Descriptor, toc)
-		if errdefs.IsNotFound(err) { // the footer says that it is elsewhere
-			return f.openExternal(ctx, l, toc, err)
+	return f.rangedWay(FromTOC, toc, func(ctx context.Context, blobs blobs) (*index.Layer, error) {
+		made, err := estargz.Open(ctx, blobs(l.Descriptor), l.Descriptor, toc)
+		if errdefs.IsNotFound(err) {
+			return f.openExternal(ctx, blobs, l, toc, err)
 		}
 		return made, err
 	}), ok
 }
 
-// rangedWay is one that reads ranges of the layer's blob.
-func (f *Finder) rangedWay(from string, l Layer, by digest.Digest, open func(context.Context, layer.Blob) (*index.Layer, error)) Way {
+// nydusWay takes the index of the whole image from its bootstrap.
+func (f *Finder) nydusWay(l Layer) Way {
+	return f.rangedWay(FromNydus, l.Digest, func(ctx context.Context, blobs blobs) (*index.Layer, error) {
+		return nydus.Open(ctx, f.descriptors(), blobs)
+	})
+}
+
+// blobs finds a blob of the image's repository.
+type blobs = func(layer.Descriptor) layer.Blob
+
+// rangedWay is one that reads ranges of blobs. What by names is bound.
+func (f *Finder) rangedWay(from string, by digest.Digest, open func(context.Context, blobs) (*index.Layer, error)) Way {
 	return Way{From: from, By: by, Bound: true, Lazy: true, Open: func(ctx context.Context) (*index.Layer, int64, error) {
-		blob := &counted{Blob: f.blob(l.Descriptor)}
-		made, err := open(ctx, blob)
-		return made, blob.bytes.Load(), err
+		var read counters
+		made, err := open(ctx, func(d layer.Descriptor) layer.Blob { return read.count(f.blob(d)) })
+		return made, read.total(), err
 	}}
 }
 
 // openExternal looks for the TOC of an eStargz layer, whose blob has none, in
 // the image that its converter may have put it into. inside says what was wrong
 // with the blob.
-func (f *Finder) openExternal(ctx context.Context, l Layer, toc digest.Digest, inside error) (*index.Layer, error) {
+func (f *Finder) openExternal(ctx context.Context, blobs blobs, l Layer, toc digest.Digest, inside error) (*index.Layer, error) {
 	f.external.Do(func() {
 		if tag, ok := f.tag(); ok {
 			f.externalTOCs, f.externalErr = estargz.FindExternal(ctx, f.repo, tag, f.descriptors())
@@ -63,7 +73,7 @@ func (f *Finder) openExternal(ctx context.Context, l Layer, toc digest.Digest, i
 		}
 		return nil, inside
 	}
-	body, err := f.blob(desc).ReadRange(ctx, 0, desc.Size)
+	body, err := blobs(desc).ReadRange(ctx, 0, desc.Size)
 	if err != nil {
 		return nil, err
 	}
@@ -82,15 +92,6 @@ func (f *Finder) tag() (string, bool) {
 		return "", false
 	}
 	return tagged.Tag(), true
-}
-
-// nydusWay takes the index of the whole image from its bootstrap.
-func (f *Finder) nydusWay(l Layer) Way {
-	return Way{From: FromNydus, By: l.Digest, Bound: true, Lazy: true, Open: func(ctx context.Context) (*index.Layer, int64, error) {
-		var blobs counters
-		made, err := nydus.Open(ctx, f.descriptors(), func(d layer.Descriptor) layer.Blob { return blobs.count(f.blob(d)) })
-		return made, blobs.total(), err
-	}}
 }
 
 // sociWay takes the index from a ztoc.
@@ -123,7 +124,10 @@ func (f *Finder) fileWay(l Layer, desc ocispec.Descriptor, bound bool) Way {
 		if err != nil {
 			return nil, 0, err
 		}
-		made, err := decodeFile(l, data)
+		made, err := index.DecodeLayer(data)
+		if err == nil {
+			err = checkFile(l, made)
+		}
 		if err != nil {
 			return nil, desc.Size, fmt.Errorf("index %s of layer %s: %w", desc.Digest, l.Digest, err)
 		}
@@ -131,19 +135,17 @@ func (f *Finder) fileWay(l Layer, desc ocispec.Descriptor, bound bool) Way {
 	}}
 }
 
-// decodeFile reads a layer file, which must be of the layer. One whose sums are
-// names is refused: a publisher could give its chunks the names of another's,
-// and so its bytes to the other's image.
-func decodeFile(l Layer, data []byte) (*index.Layer, error) {
-	made, err := index.DecodeLayer(data)
-	if err != nil {
-		return nil, err
+// checkFile says why a node has no use for what a layer file says. One whose
+// sums are names is refused: a publisher could give its chunks the names of
+// another's, and so its bytes to the other's image.
+func checkFile(l Layer, made *index.Layer) error {
+	switch {
+	case made.Blob != l.Digest || made.BlobSize != l.Size:
+		return fmt.Errorf("it is of blob %s with %d bytes: %w", made.Blob, made.BlobSize, errdefs.ErrInvalidArgument)
+	case made.Table.Algorithm == index.Vouched:
+		return fmt.Errorf("it has no digests of chunks: %w", errdefs.ErrInvalidArgument)
+	case !layer.RandomAccess(made):
+		return fmt.Errorf("decompressing can start in too few places, so that lazy reads cost more than the whole blob: %w", errdefs.ErrFailedPrecondition)
 	}
-	if made.Blob != l.Digest || made.BlobSize != l.Size {
-		return nil, fmt.Errorf("it is of blob %s with %d bytes: %w", made.Blob, made.BlobSize, errdefs.ErrInvalidArgument)
-	}
-	if made.Table.Algorithm == index.Vouched {
-		return nil, fmt.Errorf("it has no digests of chunks: %w", errdefs.ErrInvalidArgument)
-	}
-	return made, nil
+	return nil
 }

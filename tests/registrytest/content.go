@@ -66,6 +66,12 @@ func (s *Server) PushManifest(name, tag, mediaType string, data []byte) ocispec.
 	return s.pushManifest(name, tag, mediaType, data, true)
 }
 
+// PushUnlisted is PushManifest without a tag, for registries that list nothing
+// that refers to an image.
+func (s *Server) PushUnlisted(name, mediaType string, data []byte) ocispec.Descriptor {
+	return s.pushManifest(name, "", mediaType, data, false)
+}
+
 func (s *Server) pushManifest(name, tag, mediaType string, data []byte, list bool) ocispec.Descriptor {
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
 	var doc ocispec.Manifest

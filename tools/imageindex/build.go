@@ -6,6 +6,7 @@ import (
 	"io"
 	"slices"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -44,8 +45,10 @@ type Opener interface {
 
 // Build streams every distinct layer of an image once and returns their files
 // in the order of the layers. The files depend on the layers and the profile
-// alone. It is of class ErrInvalidArgument when a layer is no tar (a Nydus
-// image, which has an index of its own).
+// alone. Layers without random access (layer.RandomAccess) have no file: a node
+// is faster when it streams them. It is of class ErrInvalidArgument when a layer
+// is no tar (a Nydus image, which has an index of its own), ErrFailedPrecondition
+// when no layer has random access.
 func Build(ctx context.Context, src Opener, img *image.Image, opts Options) ([]File, error) {
 	if opts.Progress == nil {
 		opts.Progress = progress.None
@@ -71,8 +74,15 @@ func Build(ctx context.Context, src Opener, img *image.Image, opts Options) ([]F
 	if err := g.Wait(); err != nil {
 		return nil, fmt.Errorf("index image %s: %w", img.Reference, err)
 	}
+	files = slices.DeleteFunc(files, func(f File) bool { return f.Data == nil })
+	if len(files) == 0 && len(layers) > 0 {
+		return nil, fmt.Errorf("index image %s: %w", img.Reference, errNoAccess)
+	}
 	return files, nil
 }
+
+var errNoAccess = fmt.Errorf("decompressing its layers can start in too few places for lazy reads; convert them (tatami convert): %w",
+	errdefs.ErrFailedPrecondition)
 
 // distinct leaves out layers that came before.
 func distinct(layers []image.Layer) []image.Layer {
@@ -88,13 +98,17 @@ func buildLayer(ctx context.Context, src Opener, l image.Layer, opts Options) (F
 	job := opts.Progress.Start("index "+l.Digest.Encoded()[:12], l.Size)
 	file, err := encodeLayer(ctx, src, l, opts, job)
 	note := ""
-	if err != nil {
+	switch {
+	case err != nil:
 		note = "failed"
+	case file.Data == nil:
+		note = "left out: it cannot be read lazily"
 	}
 	job.Done(note)
 	return file, err
 }
 
+// encodeLayer returns no data for a layer that has no random access.
 func encodeLayer(ctx context.Context, src Opener, l image.Layer, opts Options, job progress.Job) (File, error) {
 	body, err := src.Open(ctx, l.Descriptor)
 	if err != nil {
@@ -111,6 +125,9 @@ func encodeLayer(ctx context.Context, src Opener, l image.Layer, opts Options, j
 	}
 	if err != nil {
 		return File{}, err
+	}
+	if !layer.RandomAccess(made) {
+		return File{}, nil
 	}
 	made.Prefetch = prefetch(made.Entries, opts.Profile)
 	data, err := index.EncodeLayer(made)

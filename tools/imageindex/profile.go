@@ -2,6 +2,7 @@ package imageindex
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -34,7 +35,8 @@ func ReadProfile(name string) ([]string, error) {
 func parseProfile(r io.Reader) ([]string, error) {
 	var paths []string
 	lines := bufio.NewScanner(r)
-	for n := 1; lines.Scan(); n++ {
+	n := 1
+	for ; lines.Scan(); n++ {
 		text := strings.TrimSpace(lines.Text())
 		if text == "" || text[0] == '#' {
 			continue
@@ -45,7 +47,14 @@ func parseProfile(r io.Reader) ([]string, error) {
 		}
 		paths = append(paths, path)
 	}
-	return paths, lines.Err()
+	err := lines.Err()
+	if errors.Is(err, bufio.ErrTooLong) {
+		err = fmt.Errorf("line %d: %w: %w", n, err, errdefs.ErrInvalidArgument)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return paths, nil
 }
 
 // prefetch finds the files of a profile among a layer's entries. Files that

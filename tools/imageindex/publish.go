@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/rootfs/artifact"
@@ -61,12 +60,12 @@ type Bound struct {
 // before are left out. The result is an OCI index, as Docker's lists have no
 // artifacts; the manifests in it stay what they are.
 func Bind(parent *ocispec.Index, all []Bound) ([]byte, error) {
-	out := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
+	var out ocispec.Index
 	if parent != nil {
 		out = *parent
-		out.MediaType = ocispec.MediaTypeImageIndex
 		out.Manifests = slices.DeleteFunc(slices.Clone(parent.Manifests), func(d ocispec.Descriptor) bool { return replaced(d, all) })
 	}
+	out.SchemaVersion, out.MediaType = 2, ocispec.MediaTypeImageIndex
 	for _, b := range all {
 		if parent == nil {
 			out.Manifests = append(out.Manifests, withPlatform(b.Image))
@@ -90,9 +89,6 @@ func replaced(d ocispec.Descriptor, all []Bound) bool {
 // withPlatform describes an image as an index does.
 func withPlatform(img *image.Image) ocispec.Descriptor {
 	return ocispec.Descriptor{
-		MediaType: img.Desc.MediaType, Digest: img.Desc.Digest, Size: img.Desc.Size,
-		Platform: &ocispec.Platform{
-			OS: img.Config.OS, Architecture: img.Config.Architecture, Variant: img.Config.Variant,
-		},
+		MediaType: img.Desc.MediaType, Digest: img.Desc.Digest, Size: img.Desc.Size, Platform: &img.Config.Platform,
 	}
 }
