@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
 	"github.com/containerd/stargz-snapshotter/estargz/externaltoc"
@@ -194,4 +195,33 @@ func encode(tb testing.TB, v any) []byte {
 		tb.Fatal(err)
 	}
 	return b
+}
+
+// Text is a tar without the entries whose names are not UTF-8, which tables of
+// contents, being JSON, cannot hold.
+func Text(plain []byte) []byte {
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for r := tar.NewReader(bytes.NewReader(plain)); ; {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			panic(err)
+		}
+		body := registrytest.Must(io.ReadAll(r))
+		if !utf8.ValidString(h.Name) || !utf8.ValidString(h.Linkname) {
+			continue
+		}
+		h.Xattrs = nil //nolint:staticcheck // the reader fills it with what is in PAXRecords
+		if err := w.WriteHeader(h); err != nil {
+			panic(err)
+		}
+		registrytest.Must(w.Write(body))
+	}
+	if err := w.Close(); err != nil {
+		panic(err)
+	}
+	return b.Bytes()
 }

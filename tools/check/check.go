@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/tatami-containers/tatami/rootfs/bootstrap"
@@ -167,8 +168,14 @@ type wholeWay struct {
 func (c *checker) whole(ctx context.Context, l formats.Layer) (wholeWay, *index.Layer, error) {
 	w := wholeWay{Way: Way{From: fromBlob}}
 	want, diffID, err := c.read(ctx, l)
-	if err != nil {
+	switch {
+	case ctx.Err() != nil:
+		return w, nil, context.Cause(ctx)
+	case errdefs.IsUnavailable(err):
 		return w, nil, err
+	case err != nil:
+		w.problem("%v", err)
+		return w, nil, nil
 	}
 	if err := l.CheckDiffID(diffID); err != nil {
 		w.problem("%v", err)

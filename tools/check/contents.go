@@ -89,7 +89,7 @@ func readTar(r io.Reader) (*contents, error) {
 
 func (c *contents) add(t *tar.Reader, h *tar.Header, sum hash.Hash) error {
 	name := clean(h.Name)
-	if h.Typeflag == tar.TypeXGlobalHeader || ignored(name) {
+	if h.Typeflag == tar.TypeXGlobalHeader {
 		return nil
 	}
 	f := file{
@@ -124,9 +124,9 @@ func clean(name string) string {
 	return strings.TrimPrefix(path.Clean("/"+name), "/")
 }
 
-// ignored says whether a name is not of the image: what lazy formats add to
-// their layers, and the metadata of aufs.
-func ignored(name string) bool {
+// optional says whether a name is not of the image, so that an index may leave
+// it out: what lazy formats add to their layers, and the metadata of aufs.
+func optional(name string) bool {
 	switch name {
 	case "stargz.index.json", ".prefetch.landmark", ".no.prefetch.landmark":
 		return true

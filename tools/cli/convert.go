@@ -109,7 +109,7 @@ func (o *imageFlags) convert(ctx context.Context, from, to string, opts convert.
 }
 
 func convertAll(ctx context.Context, src transport.Source, dst transport.Dest, sel *transport.Selection, opts convert.Options, p progress.Reporter) ([]*convert.Report, error) {
-	if dst.Tag() == "" {
+	if !hasTag(dst) {
 		return nil, fmt.Errorf("a converted image has another digest: name a tag for it: %w", errdefs.ErrInvalidArgument)
 	}
 	list := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}

@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/rootfs/image"
@@ -86,6 +87,13 @@ func (o *imageFlags) dest(name string) (transport.Dest, error) {
 		return nil, err
 	}
 	return transport.OpenDest(n, transport.Options{Registry: o.client})
+}
+
+// hasTag says whether a destination's name has a tag, which something new can
+// get; a digest is that of something else.
+func hasTag(dst transport.Dest) bool {
+	_, err := digest.Parse(dst.Tag())
+	return dst.Tag() != "" && err != nil
 }
 
 // selected opens a source and reads the images that its name means.

@@ -95,7 +95,7 @@ func (o *imageFlags) index(ctx context.Context, name string, bind bool, profile 
 }
 
 func publish(ctx context.Context, src transport.Source, dst transport.Dest, sel *transport.Selection, bind bool, opts imageindex.Options) ([]indexed, error) {
-	if bind && dst.Tag() == "" {
+	if bind && !hasTag(dst) {
 		return nil, fmt.Errorf("--bind makes a new image index: name a tag for it: %w", errdefs.ErrInvalidArgument)
 	}
 	var out []indexed

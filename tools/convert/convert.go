@@ -33,7 +33,7 @@ func convert(ctx context.Context, tar io.Reader, w io.Writer, opts Options) (*Re
 	if err != nil {
 		return nil, err
 	}
-	p := &packer{opts: opts, cut: cutter{size: opts.ChunkSize, content: opts.Format == ZstdChunked}}
+	p := &packer{opts: opts, entries: []*tocEntry{}, cut: cutter{size: opts.ChunkSize, content: opts.Format == ZstdChunked}}
 	var missing []string
 	moved := false
 	if len(opts.Profile) > 0 {

@@ -40,7 +40,7 @@ type Report struct {
 	Chunks     int   `json:"chunks"`
 	Plain      int64 `json:"plain"`  // all chunks
 	Unique     int64 `json:"unique"` // chunks, each sum once
-	Lazy       bool  `json:"lazy"`   // every layer has a way
+	Lazy       bool  `json:"lazy"`   // every layer has a way that leads to an index
 }
 
 // Artifact is an index artifact of the image.
@@ -108,6 +108,7 @@ func Image(ctx context.Context, src transport.Source, img *image.Image, opts Opt
 			return nil, fmt.Errorf("inspect image %s: %w", img.Reference, err)
 		}
 		r.Layers = append(r.Layers, out)
+		r.Lazy = r.Lazy && made != nil && out.From != fromBlob
 		if made != nil {
 			r.count(&made.Table, sums)
 		}
@@ -153,38 +154,36 @@ func (r *Report) count(t *index.Table, seen map[chunk]bool) {
 	}
 }
 
+// fromBlob is where an index comes from that was made of the whole blob.
+const fromBlob = "built"
+
 // inspectLayer takes the first way that leads to an index.
 func inspectLayer(ctx context.Context, src transport.Source, f *formats.Finder, l formats.Layer, opts Options) (Layer, *index.Layer, error) {
 	out := Layer{Blob: l.Digest}
-	var made *index.Layer
-	var fetched int64
-	for _, w := range f.Ways(l) {
+	ways := f.Ways(l)
+	for _, w := range ways {
 		out.Ways = append(out.Ways, Way{w.From, w.By, w.Bound})
-		if made != nil {
-			continue
-		}
-		var err error
-		if made, fetched, err = w.Open(ctx); err != nil {
-			if ctx.Err() != nil {
-				return out, nil, err
-			}
-			opts.Log.Warn("a way to a layer cannot be used", "layer", l.Digest, "from", w.From, "error", err)
-			out.Error = err.Error()
-			made = nil
-			continue
-		}
-		out.From, out.Error = w.From, ""
 	}
-	if made == nil && l.Whole && opts.Build {
-		var err error
-		if made, err = build(ctx, src, l, opts.Progress); err != nil {
+	for _, w := range ways {
+		made, fetched, err := w.Open(ctx)
+		if err == nil {
+			out.From, out.Error, out.Index = w.From, "", describe(made, fetched)
+			return out, made, nil
+		}
+		if ctx.Err() != nil {
 			return out, nil, err
 		}
-		out.From, fetched, out.Error = "built", l.Size, ""
+		opts.Log.Warn("a way to a layer cannot be used", "layer", l.Digest, "from", w.From, "error", err)
+		out.Error = err.Error()
 	}
-	if made != nil {
-		out.Index = describe(made, fetched)
+	if !l.Whole || !opts.Build {
+		return out, nil, nil
 	}
+	made, err := build(ctx, src, l, opts.Progress)
+	if err != nil {
+		return out, nil, err
+	}
+	out.From, out.Error, out.Index = fromBlob, "", describe(made, l.Size)
 	return out, made, nil
 }
 

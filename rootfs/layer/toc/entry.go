@@ -118,8 +118,11 @@ func eachEntry(toc []byte, f func(e *entry) error) error {
 	return nil
 }
 
-// entries decodes the list of entries.
+// entries decodes the list of entries. A maker in Go writes null for none.
 func (s *scanner) entries(f func(e *entry) error) error {
+	if s.null() {
+		return nil
+	}
 	n := 0
 	return s.each('[', ']', func() error {
 		if n++; n > maxEntries {

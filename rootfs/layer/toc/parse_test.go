@@ -103,6 +103,14 @@ func TestParseErrors(t *testing.T) {
 	}
 }
 
+func TestParseNothing(t *testing.T) {
+	for _, json := range []string{`{"version":1,"entries":[]}`, `{"version":1,"entries":null}`, `{"version":1,"entries": null,"tarSplitDigest":"` + sum + `"}`} {
+		if l, err := parse([]byte(json)); err != nil || len(l.Entries) != 0 || l.Table.Size != 0 {
+			t.Errorf("TOC %s: %+v, %v", json, l, err)
+		}
+	}
+}
+
 // samples are TOCs that no builder at hand makes, or that are small.
 var samples = []string{
 	`{"version":1,"entries":[{"name":"a","type":"hardlink","linkName":"b"},{"name":"b","type":"hardlink","linkName":"a"}]}`,
