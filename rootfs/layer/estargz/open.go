@@ -54,7 +54,7 @@ func Open(ctx context.Context, b layer.Blob, desc layer.Descriptor, sum digest.D
 
 func open(ctx context.Context, b layer.Blob, desc layer.Descriptor, sum digest.Digest) (*index.Layer, error) {
 	tailSize := min(max(desc.Size/tailShare, minTail), maxTail, desc.Size)
-	tail, err := toc.ReadRange(ctx, b, desc.Size-tailSize, tailSize)
+	tail, err := layer.ReadRange(ctx, b, desc.Size-tailSize, tailSize)
 	if err != nil {
 		return nil, err
 	}

@@ -98,7 +98,7 @@ func readBootstrap(ctx context.Context, desc layer.Descriptor, b layer.Blob) ([]
 	if desc.Size < 0 || desc.Size > maxPacked {
 		return nil, invalid("bootstrap layer of %d bytes is over %d", desc.Size, maxPacked)
 	}
-	packed, err := readRange(ctx, b, 0, desc.Size)
+	packed, err := layer.ReadRange(ctx, b, 0, desc.Size)
 	if err != nil {
 		return nil, err
 	}

@@ -4,9 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
-	"io"
 
 	"github.com/containerd/errdefs"
 
@@ -30,7 +28,7 @@ func loadMeta(ctx context.Context, b *blob, r layer.Blob) (*meta, error) {
 	if size := uint64(r.Size()); i.off > size || i.packed+headerSize > size-i.off {
 		return nil, invalid("chunk information at %d, %d bytes, is not within a blob of %d", i.off, i.packed+headerSize, size)
 	}
-	raw, err := readRange(ctx, r, int64(i.off), int64(i.packed+headerSize))
+	raw, err := layer.ReadRange(ctx, r, int64(i.off), int64(i.packed+headerSize))
 	if err != nil {
 		return nil, err
 	}
@@ -53,7 +51,7 @@ func verifyMeta(ctx context.Context, b *blob, r layer.Blob, plain, header []byte
 	if b.toc.size > maxTOC || b.toc.size > uint64(r.Size()) {
 		return invalid("table of contents of %d bytes in a blob of %d", b.toc.size, r.Size())
 	}
-	raw, err := readRange(ctx, r, r.Size()-int64(b.toc.size), int64(b.toc.size))
+	raw, err := layer.ReadRange(ctx, r, r.Size()-int64(b.toc.size), int64(b.toc.size))
 	if err != nil {
 		return err
 	}
@@ -83,21 +81,4 @@ func findTOC(toc []byte, name string) (sum [32]byte, ok bool) {
 		}
 	}
 	return sum, false
-}
-
-// readRange returns n bytes of a blob from off on.
-func readRange(ctx context.Context, b layer.Blob, off, n int64) ([]byte, error) {
-	r, err := b.ReadRange(ctx, off, n)
-	if err != nil {
-		return nil, err
-	}
-	p := make([]byte, n)
-	_, err = io.ReadFull(r, p)
-	if closeErr := r.Close(); err == nil {
-		err = closeErr
-	}
-	if errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
-	}
-	return p, err
 }

@@ -24,7 +24,7 @@ func findTOC(ctx context.Context, b layer.Blob, desc layer.Descriptor) (position
 	if desc.Size < footerSize {
 		return position{}, toc.Invalid(errors.New("no zstd:chunked footer"))
 	}
-	footer, err := toc.ReadRange(ctx, b, desc.Size-footerSize, footerSize)
+	footer, err := layer.ReadRange(ctx, b, desc.Size-footerSize, footerSize)
 	if err != nil {
 		return position{}, err
 	}

@@ -47,7 +47,7 @@ func open(ctx context.Context, b layer.Blob, desc layer.Descriptor) (*index.Laye
 	if a.at.off > desc.Size-a.at.len {
 		return nil, toc.Invalid(fmt.Errorf("TOC of %d bytes at byte %d of %d", a.at.len, a.at.off, desc.Size))
 	}
-	packed, err := toc.ReadRange(ctx, b, a.at.off, a.at.len)
+	packed, err := layer.ReadRange(ctx, b, a.at.off, a.at.len)
 	if err != nil {
 		return nil, err
 	}

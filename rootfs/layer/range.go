@@ -1,15 +1,13 @@
-package toc
+package layer
 
 import (
 	"context"
 	"errors"
 	"io"
-
-	"github.com/tatami-containers/tatami/rootfs/layer"
 )
 
 // ReadRange reads n bytes of a blob from offset off on.
-func ReadRange(ctx context.Context, b layer.Blob, off, n int64) ([]byte, error) {
+func ReadRange(ctx context.Context, b Blob, off, n int64) ([]byte, error) {
 	r, err := b.ReadRange(ctx, off, n)
 	if err != nil {
 		return nil, err
