@@ -16,7 +16,7 @@ GOFLAGS_STATIC := -trimpath -ldflags '-s -w'
 PROTOS := cdh/cdh.proto v1/guest.proto v1/runner.proto v1/host.proto
 FUZZTIME ?= 10s
 
-.PHONY: help build setup run test check vet lint generate check-generate fuzz bench bench-formats image-torch clean
+.PHONY: help build setup run test check vet lint generate check-generate fuzz bench bench-formats image-torch nydus clean
 
 help:
 	@echo 'make run        a container in a real VM from an image that is not there yet,'
@@ -67,6 +67,13 @@ bench: setup build
 
 image-torch: setup
 	@tools/demo/torch.sh $(CACHE)/torch
+
+bench-formats: setup build
+	@CACHE=$(CACHE) tools/bench-formats.sh
+
+# nydus-image for the tests and the benchmark, from its crate; takes a while.
+nydus: setup
+	@tools/demo/nydus.sh $(CACHE)/nydus
 
 clean:
 	rm -rf $(BIN) $(CACHE)

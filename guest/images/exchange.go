@@ -2,8 +2,10 @@ package images
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
@@ -72,37 +74,53 @@ func (r *Resolver) fromRegistry(ctx context.Context, ref string, whole bool, pha
 	return img, ctx.Err()
 }
 
-// readImage reads manifest and configuration, pinned or by the name's tag. A
-// digest that the guest was asked for is where it starts from: what the node has
-// pinned must be what that leads to.
+// readImage reads manifest and configuration, pinned or by the name's tag. What
+// is pinned is taken whatever its platform is.
 func readImage(ctx context.Context, repo *registry.Repository, p pin) (*Image, error) {
-	ref, start := p.name, p.manifest
-	if p.asked != "" {
-		start = p.asked
-	}
-	if start != "" {
+	ref, platform := p.name, image.DefaultPlatform()
+	if p.manifest != "" {
 		var err error
-		if ref, err = reference.WithDigest(reference.TrimNamed(p.name), start); err != nil {
-			return nil, fmt.Errorf("pin %s to %s: %w: %w", p.name, start, err, errdefs.ErrInvalidArgument)
+		if ref, err = reference.WithDigest(reference.TrimNamed(p.name), p.manifest); err != nil {
+			return nil, fmt.Errorf("pin %s to %s: %w: %w", p.name, p.manifest, err, errdefs.ErrInvalidArgument)
 		}
+		platform = ocispec.Platform{}
 	}
-	found, err := image.Resolve(ctx, repo, ref, image.DefaultPlatform())
+	found, err := image.Resolve(ctx, repo, ref, platform)
 	if err != nil {
 		return nil, err
 	}
-	switch {
-	case p.manifest == "" || found.Desc.Digest == p.manifest:
-	case p.asked != "":
-		return nil, fmt.Errorf("the node gives manifest %s for %s, which leads to %s: %w", p.manifest, p.asked, found.Desc.Digest, errPolicy)
-	default:
+	if p.manifest != "" && found.Desc.Digest != p.manifest {
 		return nil, fmt.Errorf("%s is an index of images, not the manifest of one: %w", p.manifest, errdefs.ErrInvalidArgument)
+	}
+	if p.asked != "" && p.asked != p.manifest {
+		if err := readParent(ctx, repo, p, found); err != nil {
+			return nil, err
+		}
 	}
 	img := &Image{Reference: p.name.String(), Manifest: found.Desc.Digest, Config: found.ConfigBytes, found: found, blobs: repo}
 	for _, l := range found.Layers {
 		img.Layers = append(img.Layers, l.Descriptor)
-		img.DiffIDs = append(img.DiffIDs, l.DiffID)
 	}
 	return img, nil
+}
+
+// readParent reads the image index that the guest was asked for. What the node
+// has pinned must be in it.
+func readParent(ctx context.Context, repo *registry.Repository, p pin, img *image.Image) error {
+	data, err := repo.Manifest(ctx, ocispec.Descriptor{Digest: p.asked})
+	if err != nil {
+		return fmt.Errorf("check that %s is the image of %s: %w", p.manifest, p.asked, err)
+	}
+	var list ocispec.Index
+	if err := json.Unmarshal(data, &list); err != nil {
+		return fmt.Errorf("decode index of images %s: %w: %w", p.asked, err, errdefs.ErrInvalidArgument)
+	}
+	listed := func(d ocispec.Descriptor) bool { return d.Digest == p.manifest }
+	if !slices.ContainsFunc(list.Manifests, listed) {
+		return fmt.Errorf("the node gives manifest %s for %s, which names others: %w", p.manifest, p.asked, errPolicy)
+	}
+	img.Parent = &list
+	return nil
 }
 
 // readIndex reads the index of an image from among its referrers. What is no

@@ -135,11 +135,15 @@ func (f *Finder) fileWay(l Layer, desc ocispec.Descriptor, bound bool) Way {
 	}}
 }
 
-// checkFile says why a node has no use for what a layer file says.
+// checkFile says why a node has no use for what a layer file says. One whose
+// sums are names is refused: a publisher could give its chunks the names of
+// another's, and so its bytes to the other's image.
 func checkFile(l Layer, made *index.Layer) error {
 	switch {
 	case made.Blob != l.Digest || made.BlobSize != l.Size:
 		return fmt.Errorf("it is of blob %s with %d bytes: %w", made.Blob, made.BlobSize, errdefs.ErrInvalidArgument)
+	case made.Table.Algorithm == index.Vouched:
+		return fmt.Errorf("it has no digests of chunks: %w", errdefs.ErrInvalidArgument)
 	case !layer.RandomAccess(made):
 		return fmt.Errorf("decompressing can start in too few places, so that lazy reads cost more than the whole blob: %w", errdefs.ErrFailedPrecondition)
 	}

@@ -77,14 +77,14 @@ func (s *Store) OpenSegment(ctx context.Context, seg *index.Segment, sources []S
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	g, err := s.openSegment(seg.ID, seg.Table)
+	g, err := s.useSegment(seg.ID, seg.Table)
 	if err != nil {
 		return nil, fmt.Errorf("open segment %s: %w", seg.ID, err)
 	}
 	h := s.newHandle("segment "+seg.ID.String(), sources)
 	desc := *seg
 	h.views = []view{{h: h, seg: g, desc: &desc}}
-	h.drop = func() { s.releaseSegment(g) }
+	h.drop = func() { s.unuseSegment(g) }
 	return &Segment{h: h}, nil
 }
 
@@ -174,6 +174,14 @@ func (s *Store) loadIndex(r *record) ([]index.Segment, error) {
 		off += g.Size
 	}
 	return out, nil
+}
+
+// putTable makes sure that the table of an open segment is on disk.
+func (s *Store) putTable(g *segment) error {
+	if s.hasAny(g.id, tableFile) {
+		return nil
+	}
+	return s.dir.put(s.dir.segment(g.id, tableFile), index.EncodeTable(g.table))
 }
 
 func (s *Store) checkBootstrap(r *record) error {

@@ -37,7 +37,8 @@ func (g *segment) distance(i, j int) int64 {
 }
 
 // claim claims the wanted chunks in [from, to) and returns the fetches that are
-// to bring them, each at most limit bytes long or a single chunk.
+// to bring them, each at most limit bytes long or a single chunk. Chunks that the
+// store has elsewhere get fetches of their own: they wait for no source.
 // Precondition: g.mu is held.
 func (v *view) claim(from, to int, limit int64, by *read) []*fetch {
 	var out []*fetch
@@ -48,9 +49,9 @@ func (v *view) claim(from, to int, limit int64, by *read) []*fetch {
 			f = nil
 			continue
 		}
-		c := chunks[i]
-		if f == nil || c.Off-chunks[i-1].End() > maxGap || c.End()-chunks[f.next].Off > limit {
-			f = &fetch{v: v, next: i, by: by}
+		c, local := chunks[i], g.elsewhere(i)
+		if f == nil || f.local != local || c.Off-chunks[i-1].End() > maxGap || c.End()-chunks[f.next].Off > limit {
+			f = &fetch{v: v, next: i, by: by, local: local}
 			out = append(out, f)
 		}
 		f.stop = i + 1

@@ -2,6 +2,9 @@ package store
 
 import (
 	"bytes"
+	"encoding/binary"
+	"hash/crc32"
+	"reflect"
 	"slices"
 	"testing"
 
@@ -141,6 +144,79 @@ func FuzzDecodeRecord(f *testing.F) {
 		}
 		if r.size() < r.BootSize || slices.ContainsFunc(r.Segments, func(g recordSegment) bool { return g.Size <= 0 }) {
 			t.Errorf("accepted %+v", r)
+		}
+	})
+}
+
+func sampleLinks() *linkFile {
+	return &linkFile{chunks: 130, targets: []linkTarget{
+		{id: digest.FromString("1"), pairs: []linkPair{{chunk: 0, target: 7}, {chunk: 129, target: 1 << 31}}},
+		{id: digest.FromString("2"), pairs: []linkPair{{chunk: 5, target: 5}}},
+		{id: digest.FromString("3"), pairs: []linkPair{}},
+	}}
+}
+
+func TestLinks(t *testing.T) {
+	good, err := encodeLinks(sampleLinks())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int{130, -1} {
+		if got, err := decodeLinks(good, n); err != nil || !reflect.DeepEqual(got, sampleLinks()) {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+	for _, n := range []int{0, 129, 131} {
+		if _, err := decodeLinks(good, n); !errdefs.IsDataLoss(err) {
+			t.Errorf("links of 130 chunks taken for %d: %v", n, err)
+		}
+	}
+	for k := range good {
+		bad := bytes.Clone(good)
+		bad[k] ^= 4
+		if _, err := decodeLinks(bad, -1); !errdefs.IsDataLoss(err) {
+			t.Errorf("byte %d changed: %v", k, err)
+		}
+		if _, err := decodeLinks(good[:k], -1); !errdefs.IsDataLoss(err) {
+			t.Errorf("cut at %d: %v", k, err)
+		}
+	}
+	harm := map[string]func(f *linkFile){
+		"chunk behind the end": func(f *linkFile) { f.targets[0].pairs[1].chunk = 130 },
+		"out of order":         func(f *linkFile) { f.targets[0].pairs[1].chunk = 0 },
+	}
+	for name, h := range harm {
+		f := sampleLinks()
+		h(f)
+		data, err := encodeLinks(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := decodeLinks(data, -1); !errdefs.IsDataLoss(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := encodeLinks(&linkFile{targets: []linkTarget{{id: "sha512:00"}}}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a foreign id: %v", err)
+	}
+}
+
+func FuzzDecodeLinks(f *testing.F) {
+	good, err := encodeLinks(sampleLinks())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good[:len(good)-4], 130)
+	f.Add(good[:len(good)-8], 130)
+	f.Add(good[:linksHeader], -1)
+	f.Fuzz(func(t *testing.T, body []byte, n int) {
+		data := binary.LittleEndian.AppendUint32(body, crc32.Checksum(body, crc32.MakeTable(crc32.Castagnoli)))
+		got, err := decodeLinks(data, n)
+		if err != nil {
+			return
+		}
+		if again, err := encodeLinks(got); err != nil || !bytes.Equal(again, data) {
+			t.Errorf("decoded and encoded again it differs: %v", err)
 		}
 	})
 }

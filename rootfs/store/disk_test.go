@@ -209,7 +209,8 @@ const childDir = "TATAMI_TEST_STORE_DIR"
 
 // killImage is what the process of TestKilled reads.
 func killImage() *storetest.Image {
-	return storetest.NewImage("killed", storetest.Solid(1, 16*miB), storetest.Files(2, 4*miB, 70_000, 5*miB))
+	a, b := storetest.Solid(1, 16*miB), storetest.Files(2, 4*miB, 70_000, 5*miB)
+	return storetest.NewImage("killed", a, b, storetest.Cut(64*kiB, a.Plain[4*miB:8*miB], a.Plain[:2*miB]))
 }
 
 // A process that is killed while it reads leaves a directory that the next one
@@ -259,7 +260,7 @@ func readUntilKilled(dir string) {
 	}
 	p := make([]byte, 4096)
 	for off := int64(0); ; off += 333_333 {
-		if _, err := i.ReadAt(context.Background(), p, firstChunk+off%(20*miB)); err != nil {
+		if _, err := i.ReadAt(context.Background(), p, firstChunk+off%(26*miB)); err != nil {
 			panic(err)
 		}
 		s.Flush()

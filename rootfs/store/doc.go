@@ -1,7 +1,8 @@
 // Package store is the read path: it asks sources for chunks, lets in only
 // verified ones, keeps them and wakes the readers that wait. Nothing enters it
 // except through [fetch.deliver], which has compared size and digest, and
-// through [Ingest], whose bytes the caller has just computed the digests from.
+// through [Ingest], whose bytes the caller has just computed the digests from; what
+// is in it may be linked ([fetch.link]), which compares the digest once more.
 // It never trusts a source, never answers with zeros for bytes that it does not
 // have, and never lets one reader's cancellation hurt another.
 //
@@ -18,10 +19,16 @@
 //	state     where it is seen              left by                  to
 //	absent    bit 0, no claim               a reader claims it       fetching
 //	fetching  bit 0, claim in the segment   verified and kept        present
+//	                                        found elsewhere          present, linked
 //	                                        verified, not kept       absent (bytes delivered)
 //	                                        no source could give it  absent (error delivered)
-//	present   bit 1                         Remove                   absent
+//	present   bit 1, no link                Remove                   absent
 //	                                        its sync failed          absent
+//	                                        found rotten             absent
+//	                                        share, after Ingest      present, linked
+//	present,  bit 1, link                   Remove                   absent
+//	linked                                  a read sees that the     absent
+//	                                        target has lost it
 //
 // A chunk has at most one claim; whoever needs it meanwhile registers a
 // destination on the claim and gets the bytes copied there by the fetch. So
@@ -56,6 +63,36 @@
 // are absent again, reads of them that are under way begin anew, and a chunk
 // that was being written meanwhile is not kept.
 //
+// # Chunks kept once
+//
+// A chunk of at least a block whose algorithm, sum and length are those of a chunk
+// that another segment, or the same, has in its own file is not fetched: it becomes
+// a link to that chunk of that segment, the target. Links always lead to own
+// chunks, never to links. They need no filesystem that shares blocks and no
+// alignment, and cost a read nothing but a look at the target's bit. Where the
+// chunks are is remembered in memory ([known]): chunks are added as they are kept,
+// and those on disk in the background after Open. When a link is made the target's
+// bytes are hashed; rotten ones become absent and are fetched. Chunks of
+// index.Vouched are never shared across segments, because nothing could compare
+// them with their name. An ingested segment is compared in the background after
+// Commit; what the store has elsewhere is linked and its disk given back, except
+// chunks that links lead to.
+//
+// A link says that two chunks are equal, which their tables prove for ever. Whether
+// the target has its chunk, the target's bit says, and nothing else: every read
+// looks at it, before and (by the epoch) after, and so does Open. So no order of
+// writes between two segments can make a read wrong; a target that lost its chunk
+// costs a fetch. In a flush, data is synced, then links and then bits are written;
+// bits never speak of linked chunks. Before a chunk's own bytes are given back, its
+// link and the bits without it are durable, and so is the target's chunk if it was.
+//
+// Remove and GC keep of a segment that no image uses the chunks that links of used
+// ones lead to: first the bits are durable, then the disk of the others is given
+// back. So removing an image never takes bytes from another, copies nothing, and
+// frees all that only it had. (Chunks in the image's complete file are copied out,
+// as those of shared segments are.) A file that Materialize makes has all its own
+// bytes.
+//
 // Without Keep, verified chunks that were fetched ahead of a reader stay in
 // memory, at most Config.Memory bytes together with the buffers of running
 // fetches, oldest dropped first, all dropped after a minute. A chunk that was
@@ -72,14 +109,17 @@
 //	images/<hex>.erofs     the complete image as one file (Materialize)
 //	segments/<hex>.table   encoded chunk table, its digest is the name
 //	segments/<hex>.data    sparse plain bytes
+//	segments/<hex>.links   which chunks are read from other segments
 //	segments/<hex>.bits    which chunks of .data are there
 //	segments/<hex>.home    the bytes live in an image's .erofs instead
 //	segments/<hex>.poison  why the segment must not be read (Poison)
 //
 // # Locks
 //
-//	Store.mu (what is open, what is on disk; held over file operations, never by reads)
+//	Store.mu (what is open, what is on disk; held over file operations, never by
+//	          reads, but by a fetch that links to a segment for the first time)
 //	  segment.flushMu (what is on disk of one segment, durable; held over I/O)
-//	    segment.mu (claims, waiters, readahead; never held over I/O)
-//	      handle.mu, memory.mu (leaves)
+//	    Store.linking (that what is about to go gets no new links)
+//	      segment.mu (claims, waiters, readahead, links; never held over I/O)
+//	        handle.mu, memory.mu, known.mu (leaves)
 package store

@@ -22,3 +22,13 @@ func (s *Store) SetSync(f func(*os.File) error) { s.syncFile = f }
 
 // Ahead is how many bytes of readahead are in flight.
 func (s *Store) Ahead() int64 { return s.stats.ahead.Load() }
+
+// Scanned waits until the chunks on disk are known.
+func (s *Store) Scanned() { <-s.scanned }
+
+// Known is how many chunks are known.
+func (s *Store) Known() int {
+	s.known.mu.Lock()
+	defer s.known.mu.Unlock()
+	return len(s.known.places)
+}

@@ -18,6 +18,7 @@ type fetch struct {
 	v       *view
 	by      *read // the read that started it, nil for background ones
 	largest int64 // chunk length in the run, bytes
+	local   bool  // its chunks are probably in the store already; protected by segment.mu
 	ahead   int64 // bytes that count as readahead in flight
 
 	// next changes only in run's goroutine; others read both under segment.mu.
@@ -34,6 +35,9 @@ const maxBad = 4
 func (f *fetch) run() {
 	defer f.v.h.s.stats.fetches.Add(-1)
 	defer f.v.h.s.stats.ahead.Add(-f.ahead)
+	if f.isLocal() {
+		f.link()
+	}
 	var o outage
 	for bad := 1; f.more(); {
 		err := f.attempt()
@@ -63,6 +67,12 @@ func (f *fetch) attempt() error {
 	}
 	defer h.s.mem.release(buf)
 	return f.fromAny(*buf)
+}
+
+func (f *fetch) isLocal() bool {
+	f.v.seg.mu.Lock()
+	defer f.v.seg.mu.Unlock()
+	return f.local
 }
 
 func (f *fetch) more() bool { return f.next < f.end() }
@@ -224,17 +234,25 @@ func (w *watched) Read(p []byte) (int, error) {
 // next, copies them to everyone who waits and gives up the claim.
 func (f *fetch) deliver(b []byte) {
 	g, i := f.v.seg, f.next
-	epoch := g.epoch.Load()
+	failed := g.failed.Load()
 	kept, err := g.keep(i, b)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if kept && g.epoch.Load() != epoch { // the failed sync may have covered this write
+	if kept && g.failed.Load() != failed { // the failed sync may have covered this write
 		kept, err = false, fmt.Errorf("keep chunk %d of segment %s: %w", i, g.id, errors.Join(errdefs.ErrResourceExhausted, errUnsynced))
 	}
 	if kept {
 		g.setPresent(i)
+		g.s.known.add(g.id, g.table, i)
 		g.tell()
 	}
+	f.hand(b, kept, err)
+}
+
+// hand copies the bytes of chunk next to everyone who waits and goes on to the
+// next one; err says why it is not kept. Precondition: segment.mu is held.
+func (f *fetch) hand(b []byte, kept bool, err error) {
+	g, i := f.v.seg, f.next
 	given := int64(0)
 	for _, w := range g.takeClaim(i).waiters {
 		if w.kept && err != nil {
@@ -310,7 +328,7 @@ func (g *segment) takeClaim(i int) *claim {
 // otherwise wait too long. Precondition: segment.mu is held, f has claimed i and
 // is not at it yet or is paused.
 func (f *fetch) split(i int, v *view, by *read) *fetch {
-	far := &fetch{v: v, by: by, next: i, stop: f.stop}
+	far := &fetch{v: v, by: by, next: i, stop: f.stop, local: f.local}
 	for k := i; k < f.stop; k++ {
 		v.seg.claims[k].f = far
 		far.largest = max(far.largest, v.seg.table.Chunks[k].Len)

@@ -25,6 +25,7 @@ func (h *handle) fill(ctx context.Context) error {
 		if err := v.seg.usable(); err != nil {
 			return fmt.Errorf("fill %s: %w", h.what, err)
 		}
+		v.seg.checkLinks()
 		for from, to := 0, 0; from < len(v.seg.table.Chunks) && running.Err() == nil; from = to {
 			to = v.seg.runFrom(from, fillRun)
 			if v.seg.allPresent(from, to) {

@@ -9,6 +9,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
 )
 
 // tenancy is the content of a .home file: the segment's bytes are in the .erofs
@@ -23,7 +25,7 @@ type tenancy struct {
 func (g *segment) openHome() error {
 	h, err := g.openTenancy()
 	if err == nil {
-		g.moveTo(h, true)
+		g.moveTo(h, nil, true)
 		g.dirty.Store(false)
 		return nil
 	}
@@ -43,6 +45,19 @@ func (g *segment) openHome() error {
 		return errors.Join(err, f.Close())
 	}
 	return nil
+}
+
+// hasBytes says whether the disk may have bytes of the segment.
+func (s *Store) hasBytes(id index.ID) bool { return s.hasAny(id, dataFile, homeFile) }
+
+// hasAny says whether the segment has a file with one of the suffixes.
+func (s *Store) hasAny(id index.ID, suffixes ...string) bool {
+	for _, suffix := range suffixes {
+		if _, err := os.Stat(s.dir.segment(id, suffix)); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // openTenancy opens the image file that the segment has moved to. Any error
@@ -152,7 +167,7 @@ func (g *segment) flush() {
 
 // flushBits does flush's work. Precondition: flushMu is held.
 func (g *segment) flushBits() error {
-	bits := g.bits.clone() // before the sync that covers them
+	bits := g.ownBits() // before the sync that covers them
 	h := g.home.Load()
 	if h == nil || !h.own {
 		return nil
@@ -162,10 +177,28 @@ func (g *segment) flushBits() error {
 		return fmt.Errorf("%w: %w", errUnsynced, err)
 	}
 	g.durable.add(bits)
+	if err := g.writeLinks(); err != nil { // before the bits of chunks that are linked now go
+		return err
+	}
 	return g.s.dir.write(g.s.dir.segment(g.id, bitsFile), encodeBits(bits, len(g.table.Chunks)))
 }
 
-// drop makes absent every chunk that no sync has covered, after one failed: the
+// ownBits copies the bits of the chunks that are in home.
+func (g *segment) ownBits() bitmap {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	bits, l := g.bits.clone(), g.links.Load()
+	if l != nil {
+		for i := range l.at {
+			if l.at[i].Load() != 0 {
+				bits.clear(i)
+			}
+		}
+	}
+	return bits
+}
+
+// drop makes absent every own chunk that no sync has covered, after one failed: the
 // kernel takes pages that it could not write for clean, so that sooner or later
 // they read as zeros, and the next sync succeeds without them. The epoch changes
 // after the bits, so whoever saw one of these bits finds another epoch when its
@@ -175,14 +208,16 @@ func (g *segment) drop(err error) {
 	n := int64(0)
 	g.mu.Lock()
 	for i, c := range g.table.Chunks {
-		if g.bits.has(i) && !g.durable.has(i) {
+		if g.owns(i) && !g.durable.has(i) {
 			g.bits.clear(i)
 			g.missing.Add(c.Len)
 			n++
 		}
 	}
 	g.epoch.Add(1)
+	g.failed.Add(1)
 	g.mu.Unlock()
+	g.s.dropped.Store(true)
 	g.s.stats.keepFailures.Add(n)
 	g.s.stats.dropLogged.Do(func() {
 		g.s.log.Error("disk fails; what it lost is fetched again", "segment", g.id, "chunks", n, "dir", g.s.cfg.Dir, "err", err)

@@ -96,7 +96,7 @@ func (n *Ingest) commit(t *index.Table) (index.ID, error) {
 	id := t.ID()
 	n.s.mu.Lock()
 	defer n.s.mu.Unlock()
-	g, err := n.s.openSegment(id, t)
+	g, err := n.s.useSegment(id, t)
 	if err != nil {
 		return "", err
 	}
@@ -105,13 +105,16 @@ func (n *Ingest) commit(t *index.Table) (index.ID, error) {
 		err = n.takeOver(g)
 	}
 	if err != nil {
-		n.s.releaseSegment(g)
+		n.s.unuseSegment(g)
 		return "", err
 	}
 	n.s.ingested[id] = true
 	n.s.wg.Go(func() { // not durable until this is done
+		g.share()
 		g.flush()
-		n.s.release(g)
+		n.s.mu.Lock()
+		defer n.s.mu.Unlock()
+		n.s.unuseSegment(g)
 	})
 	return id, nil
 }
@@ -132,7 +135,7 @@ func (n *Ingest) takeOver(g *segment) error {
 	if err := os.Rename(n.f.Name(), dir.segment(g.id, dataFile)); err != nil {
 		return err
 	}
-	g.moveTo(&home{file: n.f, own: true}, false)
+	g.moveTo(&home{file: n.f, own: true}, nil, false)
 	n.f = nil // it is the segment's now
 	return nil
 }

@@ -37,6 +37,7 @@ const (
 	dataFile   = ".data"
 	bitsFile   = ".bits"
 	homeFile   = ".home"
+	linksFile  = ".links"
 	poisonFile = ".poison"
 )
 

@@ -72,10 +72,27 @@ func (i *Image) build(ctx context.Context, name string) error {
 	return i.h.s.dir.place(f, name, err)
 }
 
-// copyTo copies the complete segment to f at off. It is flushed first, so that
-// what the disk has lost is not copied as zeros.
+// copyTo copies the complete segment to f at off, once more when chunks went, or
+// moved to another segment, meanwhile.
 func (g *segment) copyTo(f *os.File, off int64) error {
+	for range maxTries {
+		epoch := g.epoch.Load() // before anything is read
+		err := g.copyOnce(f, off)
+		if err != nil && !errors.Is(err, errAgain) {
+			return err
+		}
+		if err == nil && g.epoch.Load() == epoch {
+			return nil
+		}
+	}
+	return fmt.Errorf("segment %s changes all the time: %w", g.id, errdefs.ErrUnavailable)
+}
+
+// copyOnce does copyTo's work. The segment is flushed first, so that what the disk
+// has lost is not copied as zeros.
+func (g *segment) copyOnce(f *os.File, off int64) error {
 	g.flush()
+	g.checkLinks()
 	if err := g.usable(); err != nil {
 		return err
 	}
@@ -86,7 +103,27 @@ func (g *segment) copyTo(f *os.File, off int64) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(copyRange(f, off, src, h.off, g.table.Size), src.Close())
+	return errors.Join(copyRange(f, off, src, h.off, g.table.Size), src.Close(), g.copyLinked(f, off))
+}
+
+// copyLinked copies the chunks that are not in the segment's own file.
+func (g *segment) copyLinked(f *os.File, off int64) error {
+	var buf []byte
+	for i, c := range g.table.Chunks {
+		if !g.linked(i) {
+			continue
+		}
+		if int64(len(buf)) < c.Len {
+			buf = make([]byte, c.Len)
+		}
+		if err := g.pread(buf[:c.Len], c.Off); err != nil {
+			return err
+		}
+		if _, err := f.WriteAt(buf[:c.Len], off+c.Off); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // dup opens the segment's home once more, so that it can be read for long while
@@ -152,11 +189,11 @@ func (s *Store) settleInImage(manifest digest.Digest, g *segment) error {
 	if err != nil {
 		return errors.Join(err, h.file.Close())
 	}
-	g.moveTo(h, true)
+	g.moveTo(h, nil, true)
 	return nil
 }
 
 // dropOwn removes the files that a segment had before it moved.
 func (s *Store) dropOwn(g *segment) error {
-	return remove(s.dir.segment(g.id, bitsFile), s.dir.segment(g.id, dataFile))
+	return remove(s.dir.segment(g.id, bitsFile), s.dir.segment(g.id, dataFile), s.dir.segment(g.id, linksFile))
 }

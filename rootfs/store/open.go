@@ -32,7 +32,7 @@ func (s *Store) openImage(r record, segments []index.Segment) (_ *image, err err
 		return nil, err
 	}
 	for _, desc := range segments {
-		g, err := s.openSegment(desc.ID, desc.Table)
+		g, err := s.useSegment(desc.ID, desc.Table)
 		if err != nil {
 			return nil, err
 		}
@@ -57,11 +57,37 @@ func (s *Store) releaseImage(i *image) {
 
 func (s *Store) closeImage(i *image) {
 	for _, g := range i.segments {
-		s.releaseSegment(g)
+		s.unuseSegment(g)
 	}
 	if i.boot != nil {
 		_ = i.boot.Close() // only read
 	}
+}
+
+// useSegment opens or shares a segment for someone who reads it.
+// Precondition: as for openSegment.
+func (s *Store) useSegment(id index.ID, t *index.Table) (*segment, error) {
+	g, err := s.openSegment(id, t)
+	if err != nil {
+		return nil, err
+	}
+	if g.users++; g.users == 1 && s.cfg.Keep && g.home.Load().own {
+		g.loadLinks()
+	}
+	return g, nil
+}
+
+// unuseSegment ends what useSegment began. Precondition: mu is held.
+func (s *Store) unuseSegment(g *segment) {
+	if g.users--; g.users == 0 {
+		g.flush()
+		for _, t := range g.dropLinks() {
+			if t != g {
+				s.releaseSegment(t)
+			}
+		}
+	}
+	s.releaseSegment(g)
 }
 
 // openSegment opens or shares a segment. Precondition: mu is held, and id is the

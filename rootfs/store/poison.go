@@ -28,7 +28,7 @@ func (s *Store) Poison(id index.ID, reason error) error {
 		return fmt.Errorf("poison segment %s: %w", id, os.ErrClosed)
 	}
 	g := s.segments[id]
-	if g == nil && !s.onDisk(id) {
+	if g == nil && !s.hasAny(id, tableFile, dataFile, homeFile) {
 		return fmt.Errorf("poison segment %s: %w", id, errdefs.ErrNotFound)
 	}
 	if known, err := s.poisoned(id); known != nil || err != nil {
@@ -44,16 +44,6 @@ func (s *Store) Poison(id index.ID, reason error) error {
 		return fmt.Errorf("poison segment %s beyond a restart: %w", id, err)
 	}
 	return nil
-}
-
-// onDisk says whether the store has files of the segment.
-func (s *Store) onDisk(id index.ID) bool {
-	for _, suffix := range []string{tableFile, dataFile, homeFile} {
-		if _, err := os.Stat(s.dir.segment(id, suffix)); err == nil {
-			return true
-		}
-	}
-	return false
 }
 
 // poisoned returns the error that reads of the segment fail with, known, or nil

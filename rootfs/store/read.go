@@ -30,10 +30,11 @@ func (v *view) readAt(ctx context.Context, p []byte, off int64) error {
 	if g.ahead.marked(off, end) {
 		v.readAhead(off, end)
 	}
-	if err := g.pread(p, off); err != nil {
+	err := g.pread(p, off)
+	if err != nil && !errors.Is(err, errAgain) {
 		return err
 	}
-	if g.epoch.Load() != epoch { // a failed sync may have taken these bytes
+	if err != nil || g.epoch.Load() != epoch { // these bytes may have gone meanwhile
 		return v.readMissing(ctx, p, off)
 	}
 	c := &v.h.s.stats
@@ -44,7 +45,7 @@ func (v *view) readAt(ctx context.Context, p []byte, off int64) error {
 
 // errAgain says that a fetch failed which the reader had only joined: it may have
 // begun long before, or have used the sources of another handle. It is also the
-// error of a read from home during which chunks were dropped.
+// error of a read of present chunks that went meanwhile.
 var errAgain = errors.New("fetch of another reader failed")
 
 // maxTries bounds how often a read joins failing fetches: of its own handle

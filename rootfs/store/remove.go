@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 
@@ -64,30 +65,41 @@ func (s *Store) remove(r, next *record) error {
 			used[g.ID] = true
 		}
 	}
+	defer s.setLeaving(nil)
+	plan, err := s.planRemoval(r, used)
+	if err != nil {
+		return err
+	}
 	for _, g := range r.Segments {
-		if used[g.ID] {
-			if err := s.moveOut(r, g.ID); err != nil {
+		if used[g.ID] || len(plan.need[g.ID]) > 0 || s.segments[g.ID] != nil {
+			if err := s.moveOut(r, g.ID, used[g.ID], plan.need[g.ID]); err != nil {
 				return err
 			}
 		}
 	}
 	delete(s.records, r.Manifest)
-	err := remove(s.dir.image(r.Manifest, recordFile), s.dir.image(r.Manifest, bootFile), s.dir.image(r.Manifest, wholeFile))
-	for _, g := range r.Segments {
-		if !used[g.ID] {
-			err = errors.Join(err, s.removeSegment(g.ID))
-		}
+	err = remove(s.dir.image(r.Manifest, recordFile), s.dir.image(r.Manifest, bootFile), s.dir.image(r.Manifest, wholeFile))
+	for id := range plan.retire {
+		err = errors.Join(err, s.retire(id, plan.need[id]))
 	}
 	return err
 }
 
+// removeSegment removes the files of a segment that is not open.
+// Precondition: mu is held.
 func (s *Store) removeSegment(id index.ID) error {
+	if t, err := s.loadTable(id); err == nil {
+		for i := range t.Chunks {
+			s.known.forget(id, t, i)
+		}
+	}
 	delete(s.ingested, id)
 	return remove(s.dir.segment(id, bitsFile), s.dir.segment(id, homeFile), s.dir.segment(id, dataFile),
-		s.dir.segment(id, tableFile), s.dir.segment(id, poisonFile))
+		s.dir.segment(id, linksFile), s.dir.segment(id, tableFile), s.dir.segment(id, poisonFile))
 }
 
-// used returns the segments that something other than the given image needs.
+// used returns the segments that something other than the given image needs, not
+// counting links.
 func (s *Store) used(except digest.Digest) map[index.ID]bool {
 	out := map[index.ID]bool{}
 	for m, r := range s.records {
@@ -98,8 +110,10 @@ func (s *Store) used(except digest.Digest) map[index.ID]bool {
 			out[g.ID] = true
 		}
 	}
-	for id := range s.segments {
-		out[id] = true
+	for id, g := range s.segments {
+		if g.users > 0 {
+			out[id] = true
+		}
 	}
 	return out
 }
@@ -115,25 +129,34 @@ func (s *Store) GC() (int64, error) {
 		return 0, fmt.Errorf("collect unused segments: %w", err)
 	}
 	used := s.used("")
-	freed := int64(0)
+	maps.Copy(used, s.ingested)
+	unused := map[index.ID]bool{}
 	for stem := range found {
-		id := digest.NewDigestFromEncoded(digest.SHA256, stem)
-		if used[id] || s.ingested[id] {
-			continue
+		if id := digest.NewDigestFromEncoded(digest.SHA256, stem); !used[id] {
+			unused[id] = true
 		}
+	}
+	s.setLeaving(unused)
+	defer s.setLeaving(nil)
+	need, err := s.needed(used)
+	if err != nil {
+		return 0, fmt.Errorf("collect unused segments: %w", err)
+	}
+	freed := int64(0)
+	for id := range unused {
 		n := diskUsage(s.dir.segment(id, dataFile))
-		if err := s.removeSegment(id); err != nil {
+		if err := s.retire(id, need[id]); err != nil {
 			return freed, fmt.Errorf("collect unused segment %s: %w", id, err)
 		}
-		freed += n
+		freed += n - diskUsage(s.dir.segment(id, dataFile))
 	}
 	return freed, nil
 }
 
 // moveOut gives a segment that lives in the file of the image of r, which is
-// about to go, a home in another image's file or a file of its own.
-// Precondition: mu is held.
-func (s *Store) moveOut(r *record, id index.ID) error {
+// about to go, a home in another image's file or a file of its own: all of it when
+// it is used, else the chunks that others need. Precondition: mu is held.
+func (s *Store) moveOut(r *record, id index.ID, used bool, need []int) error {
 	t, err := s.loadTable(id)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errdefs.ErrDataLoss) {
 		return nil // nobody can open the segment; it will be fetched again
@@ -157,20 +180,38 @@ func (s *Store) moveOut(r *record, id index.ID) error {
 			return nil
 		}
 	}
+	if !used {
+		g.keepOnly(need)
+	}
 	f, err := os.CreateTemp(s.dir.temp(), "segment-")
 	if err != nil {
 		return err
 	}
-	if err = f.Truncate(t.Size); err == nil {
-		err = copyRange(f, 0, h.file, h.off, t.Size)
-	}
-	return g.settleIn(f, err)
+	have := g.ownBits()
+	return g.settleIn(f, have, g.copyOwn(f, h, have))
 }
 
-// settleIn makes the complete file f, still in tmp, the segment's own file,
-// unless err says that it is no good. Precondition: Store.mu and flushMu are
-// held.
-func (g *segment) settleIn(f *os.File, err error) error {
+// copyOwn copies the chunks of have from h to the file f.
+func (g *segment) copyOwn(f *os.File, h *home, have bitmap) error {
+	err := f.Truncate(g.table.Size)
+	if err == nil && g.missing.Load() == 0 {
+		return copyRange(f, 0, h.file, h.off, g.table.Size)
+	}
+	for i, c := range g.table.Chunks {
+		if err != nil {
+			return err
+		}
+		if have.has(i) {
+			err = copyData(f, c.Off, h.file, h.off+c.Off, c.Len)
+		}
+	}
+	return err
+}
+
+// settleIn makes the file f, still in tmp, which has the chunks of have, the
+// segment's own file, unless err says that it is no good. Precondition: Store.mu
+// and flushMu are held.
+func (g *segment) settleIn(f *os.File, have bitmap, err error) error {
 	dir, data := g.s.dir, g.s.dir.segment(g.id, dataFile)
 	if err == nil {
 		err = f.Sync()
@@ -185,7 +226,7 @@ func (g *segment) settleIn(f *os.File, err error) error {
 	if err != nil {
 		return err
 	}
-	g.moveTo(&home{file: own, own: true}, true)
+	g.moveTo(&home{file: own, own: true}, have, true)
 	if err := g.flushBits(); err != nil {
 		return err
 	}

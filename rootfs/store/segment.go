@@ -17,18 +17,22 @@ type segment struct {
 	s     *Store
 	id    index.ID
 	table *index.Table // immutable
-	refs  int          // protected by Store.mu
+	refs  int          // who has it open, links of others included; protected by Store.mu
+	users int          // those of them who read it, so that links are needed; protected by Store.mu
 
-	// bits has one bit for each chunk. With a home: it is present there. Without:
-	// it has been handed out completely, see the package comment.
-	bits    bitmap
-	missing atomic.Int64          // bytes of the chunks that are not present
-	home    atomic.Pointer[home]  // where present chunks are; nil without Keep
-	dirty   atomic.Bool           // bits were set since the last flush
-	poison  atomic.Pointer[error] // why it must not be read, nil in general
-	epoch   atomic.Int64          // how often bits were cleared by drop; changes with mu held
-	flushMu sync.Mutex            // one flush, or one change of home, at a time
-	durable bitmap                // chunks whose bytes in home survived a sync; protected by flushMu
+	// bits has one bit for each chunk. With a home: it is present there or linked.
+	// Without: it has been handed out completely, see the package comment.
+	bits     bitmap
+	missing  atomic.Int64          // bytes of the chunks that are not present
+	home     atomic.Pointer[home]  // where present chunks are; nil without Keep
+	links    atomic.Pointer[links] // which chunks are elsewhere; nil when none ever was
+	relinked atomic.Bool           // links were changed since they were written
+	dirty    atomic.Bool           // bits were set since the last flush
+	poison   atomic.Pointer[error] // why it must not be read, nil in general
+	epoch    atomic.Int64          // how often present bytes went or moved to a link; changes with mu held
+	failed   atomic.Int64          // how often a sync failed; changes with mu held
+	flushMu  sync.Mutex            // one flush, or one change of home, at a time
+	durable  bitmap                // chunks whose bytes in home survived a sync; protected by flushMu
 
 	mu     sync.Mutex
 	claims map[int]*claim // chunks being fetched, protected by mu
@@ -76,10 +80,20 @@ func (g *segment) present(off, end int64) bool {
 	return true
 }
 
-// pread reads from home. Precondition: what [off, off+len(p)) touches is
-// present. The home is loaded after the bits were, because a segment moves house
-// by changing first the home and then the bits.
+// pread reads from home and from where links lead. Precondition: what
+// [off, off+len(p)) touches is present. It fails with errAgain when it is not any
+// more.
 func (g *segment) pread(p []byte, off int64) error {
+	if l := g.links.Load(); l != nil { // loaded after the bits
+		return g.readLinked(l, p, off)
+	}
+	return g.readHome(p, off)
+}
+
+// readHome reads from home. Precondition: what [off, off+len(p)) touches is
+// there. The home is loaded after the bits and links were, because a segment moves
+// house by changing first the home and then these.
+func (g *segment) readHome(p []byte, off int64) error {
 	for {
 		h := g.home.Load()
 		n, err := h.file.ReadAt(p, h.off+off)
@@ -114,6 +128,9 @@ func (g *segment) keep(i int, b []byte) (bool, error) {
 	if g.bits.has(i) { // ingested meanwhile
 		return true, nil
 	}
+	if !h.own { // the disk has ruined a complete image, which is not written again
+		return false, nil
+	}
 	if _, err := h.file.WriteAt(b, h.off+g.table.Chunks[i].Off); err != nil {
 		g.s.stats.keepFailures.Add(1)
 		g.s.stats.keepLogged.Do(func() {
@@ -124,12 +141,19 @@ func (g *segment) keep(i int, b []byte) (bool, error) {
 	return true, nil
 }
 
-// moveTo makes h the home of the segment, which h has completely; synced says
-// that it has it on disk. Precondition: flushMu is held.
-func (g *segment) moveTo(h *home, synced bool) {
+// moveTo makes h the home of the segment, which has there the chunks of have, or
+// all when that is nil, and no others; synced says that it has them on disk.
+// Precondition: flushMu is held.
+func (g *segment) moveTo(h *home, have bitmap, synced bool) {
 	g.mu.Lock()
-	old := g.home.Swap(h)
+	old, l := g.home.Swap(h), g.links.Load()
 	for i := range g.table.Chunks {
+		if have != nil && !have.has(i) {
+			continue
+		}
+		if l != nil && l.at[i].Swap(0) != 0 {
+			g.relinked.Store(true)
+		}
 		g.setPresent(i)
 		g.durable.clear(i) // what was synced was the old file
 		if synced {

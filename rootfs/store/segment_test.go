@@ -29,7 +29,7 @@ func TestReadWhileMoving(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		g.moveTo(&home{file: f}, true)
+		g.moveTo(&home{file: f}, nil, true)
 	}
 	move()
 	var moved atomic.Bool

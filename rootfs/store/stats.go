@@ -17,6 +17,8 @@ type Stats struct {
 	KeepFailures       int64         // chunks that the disk did not take, or lost before they were synced
 	MemoryBytes        int64         // chunk buffers in use now
 	Sources            []SourceStats // by name
+	SharedChunks       int64         // became present because another segment of the store, or the same, has them
+	SharedBytes        int64         // of those chunks: neither fetched (or, after Ingest, kept) a second time
 	ImagesOpen         int
 	SegmentsOpen       int
 	FetchesInFlight    int64
@@ -34,6 +36,7 @@ type SourceStats struct {
 type counters struct {
 	hits, hitBytes, misses, missBytes, wait atomic.Int64
 	verifyFailures, keepFailures            atomic.Int64
+	sharedChunks, sharedBytes               atomic.Int64
 	fetches, ahead, heldBack                atomic.Int64 // ahead: bytes of readahead in flight
 	keepLogged, dropLogged                  sync.Once
 
@@ -77,6 +80,7 @@ func (s *Store) Stats() Stats {
 		Hits: c.hits.Load(), HitBytes: c.hitBytes.Load(),
 		Misses: c.misses.Load(), MissBytes: c.missBytes.Load(), Wait: time.Duration(c.wait.Load()),
 		VerifyFailures: c.verifyFailures.Load(), KeepFailures: c.keepFailures.Load(),
+		SharedChunks: c.sharedChunks.Load(), SharedBytes: c.sharedBytes.Load(),
 		MemoryBytes: s.mem.inUse(), Sources: c.sourceStats(),
 		ImagesOpen: images, SegmentsOpen: segments,
 		FetchesInFlight: c.fetches.Load(), BackgroundHeldBack: c.heldBack.Load(),

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -30,6 +31,7 @@ type Config struct {
 	Stall        time.Duration // how long a source may go without a byte, default 30 s
 	Patience     time.Duration // how long a demand fetch asks again when no source works, default 0: not at all
 	FillParallel int           // fetches that one Fill has in flight, default 4
+	Dedup        int           // chunks that are remembered to find equal ones, about 26 bytes each, default 2 Mi with Keep; negative: none
 	Log          *slog.Logger  // default: none
 
 	// Complete, when set, is called when the last missing chunk of a segment has
@@ -42,22 +44,28 @@ type Config struct {
 // Store keeps the segments of one node or one guest. Its methods may be called
 // at the same time from any goroutine.
 type Store struct {
-	cfg    Config // with defaults, immutable
-	log    *slog.Logger
-	dir    layout
-	lock   *os.File
-	ctx    context.Context // ends at Close; the root of every fetch
-	cancel context.CancelFunc
-	wg     sync.WaitGroup // housekeeping and flushes of ingested segments
-	mem    *memory
-	demand gate
-	stats  counters
+	cfg     Config // with defaults, immutable
+	log     *slog.Logger
+	dir     layout
+	lock    *os.File
+	ctx     context.Context // ends at Close; the root of every fetch
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup // housekeeping and flushes of ingested segments
+	mem     *memory
+	known   *known
+	scanned chan struct{} // closed when the chunks on disk are known
+	dropped atomic.Bool   // a segment has lost chunks since links were checked
+	demand  gate
+	stats   counters
 
 	// How Fill shares the link; tests change them before the first read.
 	fillQuiet    time.Duration // without demand before Fill continues
 	fillPatience time.Duration // after which Fill continues all the same
 
 	syncFile func(*os.File) error // of segments' data; tests change it before the first read
+
+	linking sync.RWMutex      // held while a link is made
+	leaving map[index.ID]bool // segments that are about to be cut down or removed: no link to them is made; protected by linking
 
 	mu       sync.Mutex
 	closed   bool                     // protected by mu, as all below
@@ -78,7 +86,7 @@ const (
 func Open(cfg Config) (*Store, error) {
 	setDefaults(&cfg)
 	s := &Store{
-		cfg: cfg, log: cfg.Log, dir: layout(cfg.Dir), mem: newMemory(cfg.Memory),
+		cfg: cfg, log: cfg.Log, dir: layout(cfg.Dir), mem: newMemory(cfg.Memory), known: newKnown(cfg.Dedup), scanned: make(chan struct{}),
 		records: map[digest.Digest]record{}, images: map[digest.Digest]*image{},
 		segments: map[index.ID]*segment{}, handles: map[*handle]bool{}, ingested: map[index.ID]bool{},
 		fillQuiet: 20 * time.Millisecond, fillPatience: time.Second,
@@ -89,6 +97,9 @@ func Open(cfg Config) (*Store, error) {
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.wg.Go(s.housekeep)
+	if s.known.limit > 0 {
+		s.wg.Go(s.scan)
+	}
 	return s, nil
 }
 
@@ -111,6 +122,12 @@ func setDefaults(c *Config) {
 	c.MaxWindow = max(c.MaxWindow, c.Window)
 	if c.Stall <= 0 {
 		c.Stall = 30 * time.Second
+	}
+	if c.Dedup == 0 {
+		c.Dedup = 2 << 20
+	}
+	if c.Dedup < 0 || !c.Keep {
+		c.Dedup = 0
 	}
 	if c.FillParallel <= 0 {
 		c.FillParallel = 4
@@ -167,19 +184,28 @@ func (s *Store) housekeep() {
 	}
 }
 
-// flushAll makes durable what the open segments have kept so far.
+// flushAll makes durable what the open segments have kept so far. When the disk
+// has lost some of it, so have those that are linked there.
 func (s *Store) flushAll() {
+	s.each(func(g *segment) bool { return g.dirty.Load() }, (*segment).flush)
+	if s.dropped.Swap(false) {
+		s.each(func(g *segment) bool { return g.links.Load() != nil }, (*segment).checkLinks)
+	}
+}
+
+// each calls do for the open segments that are chosen, without locks.
+func (s *Store) each(choose func(g *segment) bool, do func(g *segment)) {
 	s.mu.Lock()
-	var dirty []*segment
+	var chosen []*segment
 	for _, g := range s.segments {
-		if g.dirty.Load() {
+		if choose(g) {
 			g.refs++
-			dirty = append(dirty, g)
+			chosen = append(chosen, g)
 		}
 	}
 	s.mu.Unlock()
-	for _, g := range dirty {
-		g.flush()
+	for _, g := range chosen {
+		do(g)
 		s.release(g)
 	}
 }

@@ -11,8 +11,7 @@ import (
 	"testing"
 	"time"
 
-	oras "oras.land/oras-go/v2"
-	"oras.land/oras-go/v2/content/oci"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"oras.land/oras-go/v2/registry/remote"
 
 	"github.com/tatami-containers/tatami/tests/ocilayout"
@@ -66,16 +65,27 @@ func (r registry) push(t *testing.T, layout, repo, tag string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	from, err := oci.NewWithContext(ctx, layout)
-	if err != nil {
+	if err := ocilayout.Dir(layout).Push(ctx, r.host+"/"+repo, tag); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// pushBlobs copies blobs that a copy of their image leaves out: foreign layers.
+func (r registry) pushBlobs(t *testing.T, from ocilayout.Dir, repo string, blobs []ocispec.Descriptor) {
+	t.Helper()
 	to, err := remote.NewRepository(r.host + "/" + repo)
 	if err != nil {
 		t.Fatal(err)
 	}
 	to.PlainHTTP = true
-	if _, err := oras.Copy(ctx, from, ocilayout.Tag, to, tag, oras.DefaultCopyOptions); err != nil {
-		t.Fatalf("push %s: %v", layout, err)
+	for _, b := range blobs {
+		f, err := os.Open(from.Path(b.Digest))
+		if err == nil {
+			err = to.Blobs().Push(t.Context(), b, f)
+			f.Close()
+		}
+		if err != nil {
+			t.Fatalf("push %s: %v", b.Digest, err)
+		}
 	}
 }

@@ -67,7 +67,8 @@ func text([]byte) edit {
 }
 
 // once keeps the last entry for a name where there are several, and no link to
-// such a name: newer makers of zstd:chunked refuse two.
+// such a name: newer makers of zstd:chunked refuse two, and the estargz library
+// keeps the last one only, which may come behind a link to the first.
 func once(b []byte) edit {
 	left := map[string]int{}
 	_ = eachEntry(b, func(h *tar.Header, _ io.Reader) error { // the same tar is read again, with its errors
@@ -88,12 +89,14 @@ func once(b []byte) edit {
 // nydusTakes drops what nydus-image 2.2 refuses or spoils: access control lists,
 // of which it takes only names longer than theirs (nydus-rafs, RafsXAttrs.add);
 // PAX records with a line feed in them, at which its tar reader ends a record;
-// hard links but to the first name of a regular file in the layer (of symlinks
-// it makes files without chunks); entries below what the layer has as something
+// a directory that fills a block (shapes/4), behind whose last name its merge of
+// bootstraps reads on; hard links but to the
+// first name of a regular file in the layer (of symlinks it makes files without
+// chunks), which get the file's attributes, as it takes those of the last name; entries below what the layer has as something
 // else than a directory.
 func nydusTakes([]byte) edit {
-	other := map[string]bool{}  // what is no directory
-	file := map[string]string{} // first names of regular files
+	other := map[string]bool{}       // what is no directory
+	file := map[string]*tar.Header{} // regular files by their names
 	return func(h *tar.Header) bool {
 		delete(h.PAXRecords, "SCHILY.xattr.system.posix_acl_access")
 		delete(h.PAXRecords, "SCHILY.xattr.system.posix_acl_default")
@@ -103,17 +106,22 @@ func nydusTakes([]byte) edit {
 				return false
 			}
 		}
-		if strings.Contains(h.Name+h.Linkname, "\n") {
+		if strings.Contains(h.Name+h.Linkname, "\n") || strings.HasPrefix(name, "/shapes/4/") {
 			return false
 		}
 		other[name] = h.Typeflag != tar.TypeDir
 		switch h.Typeflag {
 		case tar.TypeReg:
-			file[name] = strings.TrimPrefix(name, "/")
+			first := *h
+			file[name] = &first
 		case tar.TypeLink:
-			h.Linkname = file[path.Join("/", h.Linkname)]
-			file[name] = h.Linkname
-			return h.Linkname != ""
+			first := file[path.Join("/", h.Linkname)]
+			if first == nil {
+				return false
+			}
+			file[name] = first
+			h.Linkname = strings.TrimPrefix(path.Join("/", first.Name), "/")
+			h.Mode, h.Uid, h.Gid, h.ModTime = first.Mode, first.Uid, first.Gid, first.ModTime
 		}
 		return true
 	}

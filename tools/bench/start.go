@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/errgroup"
@@ -32,6 +33,7 @@ type StartOptions struct {
 	Run    run.Options // Mode, Root, Registry and Socket are set by the comparison
 	Link   link.Shape  // put in front of the image's registry
 	Rounds int         // runs of each way
+	Ways   []string    // which ways; all when empty
 	Out    io.Writer   // where a line for each run goes
 }
 
@@ -106,7 +108,10 @@ func RegistryOf(image string) (host, rest string, err error) {
 func (c *Comparison) rounds(ctx context.Context, o StartOptions, w *wire, dir string) error {
 	for i := range max(1, o.Rounds) {
 		root := filepath.Join(dir, fmt.Sprintf("node-%d", i))
-		for _, way := range []string{FullPull, Cold, Warm} {
+		for _, way := range ways {
+			if len(o.Ways) > 0 && !slices.Contains(o.Ways, way) {
+				continue
+			}
 			r, err := c.one(ctx, o, w, way, root)
 			if err != nil {
 				return fmt.Errorf("%s: %w", way, err)

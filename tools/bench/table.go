@@ -8,6 +8,8 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/tatami-containers/tatami/tools/progress"
 	"github.com/tatami-containers/tatami/tools/run"
 )
@@ -21,12 +23,16 @@ func (c *Comparison) WriteText(w io.Writer) error {
 	median := map[string]*run.Report{}
 	for _, way := range ways {
 		median[way] = medianRun(c.Reports[way])
+		if median[way] == nil {
+			return fmt.Errorf("no run of %q to compare: ask for JSON: %w", way, errdefs.ErrInvalidArgument)
+		}
 	}
 	tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	fmt.Fprintf(tw, "\t%s\n", strings.Join(ways, "\t"))
 	for _, name := range phaseNames(median) {
 		fmt.Fprintf(tw, "%s\t%s\n", name, row(median, func(r *run.Report) string { return phase(r, name) }))
 	}
+	fmt.Fprintf(tw, "mounted at\t%s\n", row(median, func(r *run.Report) string { return fmt.Sprintf("%.2f s", r.Mounted) }))
 	fmt.Fprintf(tw, "first exec at\t%s\n", row(median, func(r *run.Report) string { return fmt.Sprintf("%.2f s", r.FirstExec) }))
 	fmt.Fprintf(tw, "done at\t%s\n", row(median, func(r *run.Report) string { return fmt.Sprintf("%.2f s", r.Done) }))
 	fmt.Fprintf(tw, "over the link\t%s\n", row(median, func(r *run.Report) string { return progress.Bytes(r.Fetched) }))
@@ -53,6 +59,9 @@ func medianRun(rs []*run.Report) *run.Report {
 		}
 		return 0
 	})
+	if len(s) == 0 {
+		return nil
+	}
 	return s[len(s)/2]
 }
 

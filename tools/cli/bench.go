@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -16,13 +17,14 @@ func benchCommand(ctx context.Context, args []string, s Streams) (int, error) {
 		return 0, fmt.Errorf("want `tatami bench start`: %w", errdefs.ErrInvalidArgument)
 	}
 	var o bench.StartOptions
-	var shape, format string
+	var shape, format, ways string
 	const argsHelp = "start [flags] IMAGE [-- CMD ARG…]"
 	fs := flagSet("bench", argsHelp, s.Err)
 	runFlags(fs, &o.Run)
 	fs.StringVar(&shape, "link", "1gbit,5ms", "the link to the registry: rate and round-trip time")
 	fs.IntVar(&o.Rounds, "rounds", 1, "runs of each way; the medians are compared")
 	fs.StringVar(&format, "format", "text", "text or json")
+	fs.StringVar(&ways, "ways", "full,cold,warm", "which ways to start, with --format json: full, cold and warm; warm needs cold before it")
 	if err := parse(fs, args[1:]); err != nil {
 		return 0, err
 	}
@@ -30,6 +32,12 @@ func benchCommand(ctx context.Context, args []string, s Streams) (int, error) {
 		return 0, fmt.Errorf("usage: tatami bench %s, --format text or json: %w", argsHelp, errdefs.ErrInvalidArgument)
 	}
 	var err error
+	if o.Ways, err = parseWays(ways); err != nil {
+		return 0, err
+	}
+	if len(o.Ways) < 3 && format != "json" {
+		return 0, fmt.Errorf("--ways %s: only all three can be compared; use --format json: %w", ways, errdefs.ErrInvalidArgument)
+	}
 	if o.Link, err = link.ParseShape(shape); err != nil {
 		return 0, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
@@ -46,6 +54,18 @@ func benchCommand(ctx context.Context, args []string, s Streams) (int, error) {
 		return 0, c.WriteJSON(s.Out)
 	}
 	return 0, c.WriteText(s.Out)
+}
+
+func parseWays(list string) (ways []string, err error) {
+	names := map[string]string{"full": bench.FullPull, "cold": bench.Cold, "warm": bench.Warm}
+	for word := range strings.SplitSeq(list, ",") {
+		way, ok := names[word]
+		if !ok {
+			return nil, fmt.Errorf("--ways %q: want full, cold and warm: %w", list, errdefs.ErrInvalidArgument)
+		}
+		ways = append(ways, way)
+	}
+	return ways, nil
 }
 
 // noInput is an empty standard input for containers that are started several

@@ -68,12 +68,19 @@ func concat(a, b []byte) []byte {
 	return append(bytes.TrimRight(a, "\x00"), append(make([]byte, -len(bytes.TrimRight(a, "\x00"))&511), b...)...)
 }
 
-// readable drops entries whose names are not UTF-8, and links of other layers.
+// readable drops entries whose names are not UTF-8.
 func readable(plain []byte) []byte {
+	return without(plain, func(h *tar.Header) bool {
+		return !utf8.ValidString(h.Name) || !utf8.ValidString(h.Linkname)
+	})
+}
+
+// without drops entries.
+func without(plain []byte, which func(h *tar.Header) bool) []byte {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	walk(plain, func(h *tar.Header, data []byte) {
-		if !utf8.ValidString(h.Name) || !utf8.ValidString(h.Linkname) {
+		if which(h) {
 			return
 		}
 		must(w.WriteHeader(h))

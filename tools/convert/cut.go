@@ -20,7 +20,7 @@ func (c cutter) cut(window []byte) (n int, empty bool) {
 	if !c.content {
 		return len(window), false
 	}
-	at := zerosAt(window)
+	at := zerosAt(window, int(min(c.size, zeroRun)))
 	if at == 0 {
 		n := 0
 		for n < len(window) && window[n] == 0 {
@@ -31,10 +31,11 @@ func (c cutter) cut(window []byte) (n int, empty bool) {
 	return c.roll(window[:at]), false
 }
 
-// zerosAt finds where the first long run of zeros begins; len(p) if none does.
-func zerosAt(p []byte) int {
-	for off := 0; off+zeroRun <= len(p); off += zeroRun {
-		if !bytes.Equal(p[off:off+zeroRun], zeros[:]) {
+// zerosAt finds where the first run of zeros begins that fills an aligned block
+// of run bytes; len(p) if none does.
+func zerosAt(p []byte, run int) int {
+	for off := 0; off+run <= len(p); off += run {
+		if !bytes.Equal(p[off:off+run], zeros[:run]) {
 			continue
 		}
 		for off > 0 && p[off-1] == 0 {

@@ -25,8 +25,8 @@ const (
 type Options struct {
 	Format Format
 	// Level is gzip's from 1 to 9, or zstd's from 1 to 19, of which the encoder
-	// tells four apart. 0 means 9 for gzip, as stargz-snapshotter has it, and 3
-	// for zstd.
+	// tells four apart. 0 means 6 for gzip, as level 9 takes five times as long
+	// for 4 % less, and 3 for zstd.
 	Level int
 	// ChunkSize is the largest chunk in plain bytes, up to index.MaxChunk. The
 	// chunks of stargz-snapshotter's formats have just this size; those of
@@ -68,7 +68,7 @@ type Result struct {
 
 // Defaults of Options, and a bound of the memory for one worker.
 const (
-	gzipLevel = 9
+	gzipLevel = 6
 	zstdLevel = 3
 	gzipChunk = 4 << 20
 	zstdChunk = 1 << 20

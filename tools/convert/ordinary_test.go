@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -51,11 +50,7 @@ type entry struct {
 
 func entries(plain []byte) map[string]entry {
 	m := map[string]entry{}
-	n := 0
-	walk(plain, func(h *tar.Header, data []byte) {
-		m[fmt.Sprint(h.Name, n)] = entry{h, data}
-		n++
-	})
+	walk(plain, func(h *tar.Header, data []byte) { m[h.Name] = entry{h, data} })
 	return m
 }
 
@@ -173,7 +168,7 @@ func TestUnpack(t *testing.T) {
 		got := t.TempDir()
 		tool(t, layer(t, base(), convert.Options{Format: f}).blob, "tar", "-C", got, "--delay-directory-restore", "--xattrs", "--xattrs-include=user.*", map[bool]string{true: "-z", false: "--zstd"}[f == convert.EStargz], "-xpf", "-")
 		for _, extra := range []string{"stargz.index.json", ".no.prefetch.landmark"} {
-			if err := os.Remove(filepath.Join(got, extra)); err != nil && f != convert.ZstdChunked && !(f == convert.ZstdStargz && errors.Is(err, os.ErrNotExist)) {
+			if err := os.Remove(filepath.Join(got, extra)); err != nil && !errors.Is(err, os.ErrNotExist) {
 				t.Error(err)
 			}
 		}
@@ -193,7 +188,7 @@ func sameTree(t *testing.T, name, want, got string) {
 			continue
 		}
 		if g := b[k]; !reflect.DeepEqual(e, g) {
-			t.Fatalf("%s: %s is\n%+v, want\n%+v", name, k, g.Header, e.Header)
+			t.Errorf("%s: %s is\n%+v, want\n%+v", name, k, g.Header, e.Header)
 		}
 	}
 	if len(a) != len(b) {

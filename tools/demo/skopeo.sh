@@ -16,6 +16,7 @@ newer_skopeo() {
 	esac
 	if [ ! -x "$dir/usr/bin/skopeo" ]; then
 		rm -rf "$dir"
+		mkdir -p "$(dirname "$dir")"
 		mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | head -n 1)
 		mmdebstrap --quiet --variant=extract --include=skopeo trixie "$dir.new" "deb $mirror trixie main" 2>/dev/null
 		mv "$dir.new" "$dir"

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/tatami-containers/tatami/tests/kinds"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 	"github.com/tatami-containers/tatami/tests/torture"
@@ -126,7 +128,7 @@ func TestArtifacts(t *testing.T) {
 	if r.Layers[0].From != "index" || !r.Lazy || i.Fetched != files[0].Desc.Size || i.Prefetch != 300_000 || !i.DiffID {
 		t.Errorf("%+v %+v", r.Layers[0], i)
 	}
-	if w := r.Layers[0].Ways[0]; w != (Way{"index", files[0].Desc.Digest, false}) {
+	if w := r.Layers[0].Ways[0]; w != (Way{"index", files[0].Desc.Digest, false}) || w.By.Validate() != nil {
 		t.Errorf("way %+v", w)
 	}
 }

@@ -282,7 +282,9 @@ func (r *runner) mount(ctx context.Context) (*api.MountResponse, error) {
 			return unlessGone(err)
 		})
 	}
-	r.t.add(Phase{"mount", from, r.t.since() - from})
+	r.report.Mounted = r.t.since()
+	r.t.add(Phase{"mount", from, r.report.Mounted - from})
+	r.report.FetchedAtMount = r.fetched(ctx)
 	r.t.remote(from, indented(resp.Phases))
 	r.report.MountPath, r.report.Digest = resp.Path, resp.ManifestDigest
 	return resp, nil

@@ -34,19 +34,21 @@ type Report struct {
 	MountPath string  `json:"mount_path"`
 	Index     string  `json:"index,omitempty"`
 	Phases    []Phase `json:"phases"`
-	// FirstExec and Done are seconds from the command to the container's
-	// process running and ended.
+	// Mounted, FirstExec and Done are seconds from the command to the image
+	// mounted and the container's process running and ended.
+	Mounted   float64 `json:"mounted_s"`
 	FirstExec float64 `json:"first_exec_s"`
 	Done      float64 `json:"done_s"`
 	ExitCode  int     `json:"exit_code"`
 
 	CompressedSize int64 `json:"compressed_size"` // bytes of the layers
 	ImageSize      int64 `json:"image_size"`      // bytes of the one-file image
-	// FetchedAtExec and Fetched are bytes that came from the registry until
-	// the first exec and until the end.
-	FetchedAtExec int64        `json:"fetched_at_exec"`
-	Fetched       int64        `json:"fetched"`
-	Guest         *GuestReport `json:"guest,omitempty"`
+	// FetchedAtMount, FetchedAtExec and Fetched are bytes that came from the
+	// registry until the mount, the first exec and the end.
+	FetchedAtMount int64        `json:"fetched_at_mount"`
+	FetchedAtExec  int64        `json:"fetched_at_exec"`
+	Fetched        int64        `json:"fetched"`
+	Guest          *GuestReport `json:"guest,omitempty"`
 }
 
 // GuestReport is what the guest's store counted.

@@ -157,6 +157,23 @@ func TestCopyPlatform(t *testing.T) {
 	}
 }
 
+// TestDockerLoadHasNoIndexes: an archive for docker load has one image.
+func TestDockerLoadHasNoIndexes(t *testing.T) {
+	m := startMulti(t, registrytest.Options{})
+	dir := t.TempDir()
+	d := dest(t, nil, "docker-archive:"+dir+"/x.tar")
+	_, err := transport.Copy(t.Context(), source(t, client(t), m.Host()+"/library/x:v1"), d, transport.CopyOptions{})
+	if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "choose a platform") {
+		t.Errorf("error %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	if list, err := os.ReadDir(dir); err != nil || len(list) != 0 {
+		t.Errorf("left over: %v, %v", list, err)
+	}
+}
+
 // TestCopyMounts copies between repositories of one registry: no byte moves.
 func TestCopyMounts(t *testing.T) {
 	m := startMulti(t, registrytest.Options{})

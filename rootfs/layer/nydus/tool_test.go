@@ -49,7 +49,7 @@ func (c *imageCase) layers() [][]tarFile {
 func (c *imageCase) only() []tarFile {
 	files := tree()
 	if c.acl {
-		acl := "\x02\x00\x00\x00\x01\x00\x06\x00\xff\xff\xff\xff\x02\x00\x07\x00\xe8\x03\x00\x00\x04\x00\x04\x00\xff\xff\xff\xff\x10\x00\x07\x00\xff\xff\xff\xff\x20\x00\x04\x00\xff\xff\xff\xff"
+		acl := "\x02\x00\x00\x00\x01\x00\x06\x00\xff\xff\xff\xff\x02\x00\x07\x00\xe8\x03\x00\x00\x04\x00\x04\x00\xff\xff\xff\xff\x10\x00\x04\x00\xff\xff\xff\xff\x20\x00\x04\x00\xff\xff\xff\xff"
 		files[4].PAXRecords = map[string]string{"SCHILY.xattr.system.posix_acl_access": acl}
 	}
 	return files
@@ -92,7 +92,6 @@ var imageCases = []imageCase{
 	{name: "v6-batch-zstd", kept: true, source: "dir-rafs", args: []string{"-v6", "--batch-size=0x2000", "--compressor=zstd"}, needs: "--batch-size", acl: true},
 	{name: "v6-batch-lz4-toc", kept: true, source: "tar-rafs", args: []string{"-v6", "--chunk-size=0x2000", "--batch-size=0x2000", "--compressor=lz4_block", "--features=blob-toc"}, needs: "--batch-size", inline: true, acl: true},
 	{name: "v6-batch-none", source: "dir-rafs", args: []string{"-v6", "--chunk-size=0x2000", "--batch-size=0x2000", "--compressor=none"}, needs: "--batch-size", acl: true},
-	{name: "v6-crc", source: "dir-rafs", args: []string{"-v6", small, "--crc=crc32"}, needs: "--crc", acl: true},
 }
 
 func caseOf(name string) *imageCase {

@@ -1,6 +1,7 @@
 package toc
 
 import (
+	"archive/tar"
 	"bytes"
 	"encoding/json"
 	"errors"
@@ -195,9 +196,16 @@ func TestLandmarks(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	tar := torture.Layers()[1]
-	for _, opts := range [][]builder.Option{{builder.WithChunkSize(10_000)}, {builder.WithChunkSize(10_000), builder.WithMinChunkSize(20_000)}} {
-		f.Add(build(f, tar, opts...), int64(1<<30), false)
+	w := torture.NewTar()
+	w.Dir("d", torture.Own(1, 2), torture.Attr("user.a", "\xff"))
+	w.Random("d/chunks", 3000)
+	w.Random("d/\u00fc", 10)
+	w.Link("hard", "d/chunks")
+	w.Device(tar.TypeChar, "null", 1, 3)
+	w.File("d/.wh.x", "")
+	plain := w.Bytes()
+	for _, opts := range [][]builder.Option{{builder.WithChunkSize(1000)}, {builder.WithChunkSize(1000), builder.WithMinChunkSize(2000)}} {
+		f.Add(build(f, plain, opts...), int64(1<<30), false)
 	}
 	for _, json := range samples {
 		f.Add([]byte(json), int64(1000), true)
@@ -274,9 +282,9 @@ func checkJSON(t *testing.T, toc []byte) {
 }
 
 // build is the JSON that the eStargz library makes for a tar.
-func build(tb testing.TB, tar []byte, opts ...builder.Option) []byte {
+func build(tb testing.TB, plain []byte, opts ...builder.Option) []byte {
 	tb.Helper()
-	made, err := builder.Build(io.NewSectionReader(bytes.NewReader(tar), 0, int64(len(tar))), opts...)
+	made, err := builder.Build(io.NewSectionReader(bytes.NewReader(plain), 0, int64(len(plain))), opts...)
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -34,7 +34,8 @@ const maxPayload = 1 << 20
 type request struct {
 	opcode       uint32
 	unique, node uint64
-	payload      int // bytes of data that the reply may hold
+	pid          uint32 // thread, as this process's /proc has it; 0 if it is not there
+	payload      int    // bytes of data that the reply may hold
 	msg          []byte
 }
 
@@ -46,6 +47,7 @@ func parseRequest(msg []byte) (request, error) {
 		opcode: binary.NativeEndian.Uint32(msg[4:]),
 		unique: binary.NativeEndian.Uint64(msg[8:]),
 		node:   binary.NativeEndian.Uint64(msg[16:]),
+		pid:    binary.NativeEndian.Uint32(msg[32:]),
 		msg:    msg,
 	}
 	// Where fuse_read_in and fuse_getxattr_in keep their size.
@@ -83,13 +85,14 @@ func (r request) clone() request {
 // call is a request that runs beside the read loop and can be interrupted.
 type call struct {
 	node    uint64
+	pid     uint32          // of the thread that waits
 	serving context.Context // done: the server stops, and does not answer failures
 	ctx     context.Context
 	cancel  context.CancelFunc
 }
 
 func (s *Server) begin(serving context.Context, r request) *call {
-	c := &call{node: r.node, serving: serving}
+	c := &call{node: r.node, pid: r.pid, serving: serving}
 	c.ctx, c.cancel = context.WithCancel(serving)
 	s.mu.Lock()
 	s.calls[r.unique] = c
@@ -114,12 +117,15 @@ func (s *Server) callContext(unique uint64) context.Context {
 	return context.Background()
 }
 
-// interrupt cancels a request. One that is not known has been answered:
-// requests are registered in the order in which the kernel sends them.
+// interrupt cancels a request of a process that is being killed. For other
+// signals (timers, the Go runtime's own) the request goes on: EROFS would hand
+// the EINTR to stat, and make a SIGBUS of it in a page fault. A request that is
+// not known has been answered: requests are registered in the order in which the
+// kernel sends them.
 func (s *Server) interrupt(r request) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	if c := s.calls[r.target()]; c != nil {
+	if c := s.calls[r.target()]; c != nil && s.dying(c.pid) {
 		c.cancel()
 	}
 }

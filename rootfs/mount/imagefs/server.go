@@ -61,6 +61,8 @@ type Server struct {
 
 	reads, readBytes, failures atomic.Int64
 
+	dying func(pid uint32) bool // tests change it before Serve
+
 	mu    sync.RWMutex
 	nodes map[uint64]*node
 	names map[string]*node
@@ -83,6 +85,7 @@ func New(cfg Config) (*Server, error) {
 		slots:      semaphore.NewWeighted(cfg.Requests),
 		buffers:    newBuffers(cfg.ReplyBytes),
 		complaints: complaints{log: cfg.Log, now: time.Now, seen: make(map[complaint]*complaintCount)},
+		dying:      dying,
 		nodes:      make(map[uint64]*node), names: make(map[string]*node), calls: make(map[uint64]*call),
 	}
 	// The protocol was settled by the supervisor; what is offered here only

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -236,11 +237,18 @@ func hanging() (funcFile, chan struct{}) {
 func TestInterrupt(t *testing.T) {
 	s, k, _ := serve(t, Config{Requests: 1})
 	f, entered := hanging()
+	var killed atomic.Bool
+	s.dying = func(uint32) bool { return killed.Load() }
 	if err := s.Add(Node{ID: 2, Name: "f", File: f}); err != nil {
 		t.Fatal(err)
 	}
 	k.requests <- read(10, 2, 0, 4096)
 	<-entered
+	k.requests <- message(opInterrupt, 11, 2, 10)
+	if r := k.ask(t, lookup(20, "f")); r.unique != 20 {
+		t.Errorf("a signal that does not kill ended a read: %+v", r)
+	}
+	killed.Store(true)
 	k.requests <- read(12, 2, 0, 4096) // waits for its turn
 	k.requests <- message(opInterrupt, 13, 2, 12)
 	if r := <-k.replies; r.unique != 12 || r.errno != syscall.EINTR {

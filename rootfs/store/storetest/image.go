@@ -48,6 +48,22 @@ func Solid(seed uint64, n int64) Segment {
 	return s
 }
 
+// Cut makes a segment of the given parts, one behind the other, each cut into
+// chunks of n bytes. A part is whole blocks.
+func Cut(n int64, parts ...[]byte) Segment {
+	s := Segment{Table: &index.Table{}}
+	for _, part := range parts {
+		start := int64(len(s.Plain))
+		s.Plain = append(s.Plain, part...)
+		end := int64(len(s.Plain))
+		for off := start; off < end; off += n {
+			s.add(off, min(off+n, end))
+		}
+	}
+	s.Table.Size = int64(len(s.Plain))
+	return s
+}
+
 // Files makes a segment of files with the given sizes in bytes, each cut into
 // chunks of at most chunk bytes.
 func Files(seed uint64, chunk int64, sizes ...int64) Segment {
