@@ -2,12 +2,13 @@
 # `make bench-formats`: every image format on one image with PyTorch, 1.8 GB.
 # Everything that is compared runs in the same invocation, alternating; medians
 # and ratios are printed, in Markdown. FORMATS are the formats, ROUNDS the runs
-# of each; a round of one format takes some minutes.
+# of each, ALL_ROUNDS those that read everything; a round of one format takes
+# some minutes.
 set -eu
 cd "$(dirname "$0")/.."
 cache=${CACHE:?}
-rounds=${ROUNDS:-3} link=${LINK:-1gbit,5ms}
-formats=${FORMATS:-gzip tar zstd zstd-frames zstdchunked zstdchunked-stargz estargz estargz-inner nydus5 nydus6 nydus-ref}
+rounds=${ROUNDS:-3} all_rounds=${ALL_ROUNDS:-${ROUNDS:-3}} link=${LINK:-1gbit,5ms}
+formats=${FORMATS:-gzip gzip-index tar zstd zstd-frames zstdchunked zstdchunked-stargz estargz estargz-inner nydus5 nydus6 nydus-ref}
 . tools/demo/registry.sh
 if [ -z "${TATAMI_NYDUS_IMAGE:-}" ] && [ -x "$cache/nydus/bin/nydus-image" ]; then
 	export TATAMI_NYDUS_IMAGE="$cache/nydus/bin/nydus-image"
@@ -24,14 +25,22 @@ seconds() { # COMMAND…: how long it takes
 
 tools/demo/torch.sh "$cache/torch"
 v1=$cache/torch/v1 v2=$cache/torch/v2
+indexed() { # DIR: the image of DIR/oci with a bound index
+	[ -e "$1/gzip-index/index.json" ] || bin/tatami index --quiet --bind "oci:$1/oci:latest" "oci:$1/gzip-index:latest" >/dev/null
+}
 for f in $formats; do
-	[ "$f" = gzip ] || tools/demo/formats.sh "$v1/oci" "$v1" "$f"
+	case $f in
+	gzip) ;;
+	gzip-index) indexed "$v1" && indexed "$v2" ;;
+	*) tools/demo/formats.sh "$v1/oci" "$v1" "$f" ;;
+	esac
 done
 [ -e "$v1/gzip" ] || ln -s oci "$v1/gzip"
 go build -o "$work/push" ./tests/bench/push
 go build -o "$work/formattable" ./tests/bench/formattable
 start_registry "$cache/registry"
-"$work/push" "$v2/oci" "$REGISTRY/torch/v2" v1
+"$work/push" "$v2/oci" "$REGISTRY/torch/gzip" v2
+[ ! -e "$v2/gzip-index" ] || "$work/push" "$v2/gzip-index" "$REGISTRY/torch/gzip-index" v2
 for f in $formats; do
 	[ "$f" != nydus-ref ] || "$work/push" "$v1/oci" "$REGISTRY/torch/$f" gzip
 	"$work/push" "$v1/$f" "$REGISTRY/torch/$f" v1
@@ -55,6 +64,7 @@ start() { # PROGRAM FORMAT ROUND WAYS
 }
 for round in $(seq "$rounds"); do
 	for program in line import all; do
+		[ $program != all ] || [ "$round" -le "$all_rounds" ] || continue
 		for f in $formats; do
 			ways=cold,warm
 			[ "$f" != gzip ] || ways=full,cold,warm
@@ -83,13 +93,26 @@ awk -v l="$layers" -v g="$gzip" -v s="$std" -v p="$plain" -v i="$index" -v c="$p
 	printf "| gzip -dc | %.0f | %.1f× |\n", p / g / 1e6, l / g
 	printf "\nThe node keeps %.1f MB of index: %.2f %% of the compressed image.\n", i / 1e6, 100 * i / c }'
 
-section "the next version of the image on the same node"
-before=$(du -sB1 "$root/store" | cut -f 1)
-bin/tatami run --vm none --root "$root" --format json --report "$work/report" "$REGISTRY/torch/v2:v1" -- -c "$all" >/dev/null 2>&1
-python3 -c 'import json, sys
+section "the next version of the image on the same node: all of it is read"
+echo "| | over the link | of | more on the node's disk | beside |"
+echo "|---|---|---|---|---|"
+for f in gzip gzip-index; do
+	case " $formats " in *" $f "*) ;; *) continue ;; esac
+	root=$work/next-$f
+	bin/tatami run --vm none --root "$root" --format json --report "$work/report" "$REGISTRY/torch/$f:v1" -- -c "$all" >/dev/null 2>&1
+	sleep 5 # what is kept twice is found in the background
+	before=$(du -sB1 "$root/store" | cut -f 1)
+	bin/tatami run --vm none --root "$root" --format json --report "$work/report" "$REGISTRY/torch/$f:v2" -- -c "$all" >/dev/null 2>&1
+	sleep 5
+	after=$(du -sB1 "$root/store" | cut -f 1)
+	python3 -c 'import json, sys
 r = json.load(open(sys.argv[1]))
-print("From the registry: %.1f MB of %.1f." % (r["fetched"] / 1e6, r["compressed_size"] / 1e6))' "$work/report"
-echo "On the node's disk: $((($(du -sB1 "$root/store" | cut -f 1) - before) / 1000000)) MB more, beside $((before / 1000000))."
+before, after = map(int, sys.argv[3:])
+print("| %s | %.1f MB | %.1f | %.0f MB | %.0f |" % (sys.argv[2], r["fetched"] / 1e6, r["compressed_size"] / 1e6, (after - before) / 1e6, before / 1e6))' "$work/report" "$f" "$before" "$after"
+done
+
+section "index artifact"
+bin/tatami index --quiet "oci:$v1/oci:latest" "oci:$work/indexed:latest"
 
 section "conversion, seconds"
 echo "| format | its own program | tatami convert |"

@@ -6,8 +6,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/opencontainers/go-digest"
-
 	"github.com/tatami-containers/tatami/tests/kinds"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 	"github.com/tatami-containers/tatami/tests/torture"
