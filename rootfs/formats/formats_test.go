@@ -206,10 +206,10 @@ func TestExternalCounts(t *testing.T) {
 	s := registrytest.Start(t, registrytest.Options{})
 	kinds.PushExternal(t, s, repo, "v1", plain(t))
 	f := find(t, s, "v1")
-	toc := find(t, s, "v1-esgztoc").img.Layers[0]
-	_, fetched, err := f.Ways(f.layers(t)[0])[0].Open(t.Context())
-	if err != nil || fetched <= toc.Size || s.BlobStats(toc.Digest).Bytes != toc.Size {
-		t.Errorf("fetched %d bytes with a TOC of %d: %v", fetched, toc.Size, err)
+	toc, l := find(t, s, "v1-esgztoc").img.Layers[0], f.layers(t)[0]
+	_, fetched, err := f.Ways(l)[0].Open(t.Context())
+	if sent := s.BlobStats(l.Digest).Bytes + toc.Size; err != nil || fetched != sent || s.BlobStats(toc.Digest).Bytes != toc.Size {
+		t.Errorf("fetched %d bytes, the registry sent %d: %v", fetched, sent, err)
 	}
 }
 
@@ -271,9 +271,24 @@ func TestArtifacts(t *testing.T) {
 	}
 }
 
+// TestNotBeside asks nothing about referrers if told so.
+func TestNotBeside(t *testing.T) {
+	for version, want := range map[int]string{1: "", 2: "soci!"} {
+		s := registrytest.Start(t, registrytest.Options{})
+		kinds.PushSOCI(t, s, repo, "v1", version)
+		f := find(t, s, "v1")
+		f.Discover(t.Context(), false)
+		if got := f.ways(f.layers(t)[0]); got != want || len(s.Requests("/referrers/")) > 0 {
+			t.Errorf("SOCI v%d: ways %q, %d requests", version, got, len(s.Requests("/referrers/")))
+		}
+	}
+}
+
 // TestWrongArtifacts has artifacts that must not be used.
 func TestWrongArtifacts(t *testing.T) {
 	l, other := registrytest.Must(registrytest.Gzip(plain(t))), registrytest.Must(registrytest.Gzip(make([]byte, 10240)))
+	wrong := built(t, l.Blob, 0)
+	wrong.Blob = digest.FromBytes(other.Blob)
 	blob := digest.FromBytes(l.Blob)
 	far := built(t, l.Blob, 0)
 	for i := range far.Access.Extents {
@@ -285,7 +300,7 @@ func TestWrongArtifacts(t *testing.T) {
 		is   func(error) bool
 		says string
 	}{
-		{"of another blob", built(t, other.Blob, 0), errdefs.IsInvalidArgument, digest.FromBytes(other.Blob).String()},
+		{"of another blob", wrong, errdefs.IsInvalidArgument, digest.FromBytes(other.Blob).String()},
 		{"of another size", func() *index.Layer { m := built(t, l.Blob, 0); m.BlobSize++; return m }(), errdefs.IsInvalidArgument, "bytes"},
 		{"without random access", far, errdefs.IsFailedPrecondition, "too few places"},
 	} {

@@ -178,7 +178,7 @@ func (c *checker) whole(ctx context.Context, l formats.Layer) (wholeWay, *index.
 		return w, nil, nil
 	}
 	if err := l.CheckDiffID(diffID); err != nil {
-		w.problem("%v", err)
+		w.problem("independent unpack: %v", err)
 	}
 	w.contents = want
 	made, err := c.build(ctx, l)
