@@ -9,8 +9,9 @@ import (
 	"github.com/zeebo/blake3"
 )
 
-// UnitSize is how a segment without file chunks of its own is cut: the unit of
-// verification in bytes.
+// UnitSize bounds the chunks of a segment without file chunks of its own, in
+// bytes: how much is read to verify one byte. Where they are cut, package layer
+// says.
 const UnitSize = 64 << 10
 
 // MaxChunk bounds a chunk's plain length in bytes, and so the memory that
