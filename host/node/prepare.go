@@ -27,7 +27,8 @@ type Prepared struct {
 	// CompressedSize is the sum of the layer blobs, ImageSize that of the
 	// one-file image; bytes.
 	CompressedSize, ImageSize int64
-	// Index is where the index came from: "node", "toc" or "built".
+	// Index is where the index came from: "node", "built", or one of the From
+	// constants of package formats; of layers that differ, the most expensive way.
 	Index   string
 	Fetched int64 // from the registry, in bytes
 	Phases  []Phase

@@ -210,7 +210,8 @@ type PrepareResponse struct {
 	// Sum of the layer blobs, and of the one-file image, in bytes.
 	CompressedSize int64 `protobuf:"varint,4,opt,name=compressed_size,json=compressedSize,proto3" json:"compressed_size,omitempty"`
 	ImageSize      int64 `protobuf:"varint,5,opt,name=image_size,json=imageSize,proto3" json:"image_size,omitempty"`
-	// Where the index came from: "node", "toc" or "built".
+	// Where the index came from: "node", "toc", "index", "soci", "nydus" or "built";
+	// of layers that differ, the most expensive way.
 	Index  string   `protobuf:"bytes,6,opt,name=index,proto3" json:"index,omitempty"`
 	Phases []*Phase `protobuf:"bytes,7,rep,name=phases,proto3" json:"phases,omitempty"`
 	// What preparing fetched from the registry, in bytes.
