@@ -54,6 +54,7 @@ type Client struct {
 	targets targets
 	hosts   hosts
 	stats   counters
+	tagging chan struct{} // holds an element while a list of referrers is written
 }
 
 type counters struct {
@@ -71,7 +72,7 @@ type Stats struct {
 // New returns a Client; it dials nothing.
 func New(cfg Config) *Client {
 	cfg = cfg.withDefaults()
-	c := &Client{cfg: cfg, log: cfg.Log}
+	c := &Client{cfg: cfg, log: cfg.Log, tagging: make(chan struct{}, 1)}
 	c.plain = &http.Client{Transport: newTransport(cfg), CheckRedirect: checkRedirect}
 	c.tokens = newTokenCache(&c.stats.tokens)
 	c.auth = &auth.Client{

@@ -73,9 +73,16 @@ func Referrer(desc ocispec.Descriptor, data []byte) (subject digest.Digest, list
 const referrerTries = 4
 
 // tagReferrer adds listed to the index behind the tag that stands in for the
-// referrers API (distribution specification, "Referrers Tag Schema"). Whoever
-// writes the tag at the same time may undo that, so the index is read again.
+// referrers API (distribution specification, "Referrers Tag Schema"). One client
+// writes one list at a time. Another that writes the tag at the same time may
+// undo that, so the index is read again.
 func (r *Repository) tagReferrer(ctx context.Context, subject digest.Digest, listed ocispec.Descriptor) error {
+	select {
+	case r.client.tagging <- struct{}{}:
+		defer func() { <-r.client.tagging }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	for range referrerTries {
 		list, err := r.taggedReferrers(ctx, subject)
 		if err != nil {
