@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
@@ -62,6 +63,9 @@ func boundLayer(ctx context.Context, f *formats.Finder, l formats.Layer) (*index
 			continue
 		}
 		made, _, err := w.Open(ctx)
+		if err == nil {
+			err = l.Check(made)
+		}
 		if err == nil || ctx.Err() != nil {
 			return made, err
 		}
@@ -74,16 +78,23 @@ func boundLayer(ctx context.Context, f *formats.Finder, l formats.Layer) (*index
 }
 
 // layerCache keeps what is needed to read segments from a registry: in memory,
-// and on disk for the next process. Names are IDs of segments.
+// and on disk for the next process.
 type layerCache struct {
 	dir string
 
 	mu     sync.Mutex
-	layers map[index.ID]*index.Layer // without Entries and Skeleton; protected by mu
+	layers map[cacheKey]*index.Layer // without Entries and Skeleton; protected by mu
 }
 
-func (c *layerCache) path(id index.ID) string {
-	return filepath.Join(c.dir, id.Algorithm().String()+"-"+id.Encoded())
+// cacheKey is a segment and the blob that it comes out of: there may be several
+// with the same content.
+type cacheKey struct {
+	blob    digest.Digest
+	segment index.ID
+}
+
+func (c *layerCache) path(k cacheKey) string {
+	return filepath.Join(c.dir, k.blob.Encoded()+"-"+k.segment.Encoded())
 }
 
 func (c *layerCache) put(l *index.Layer) error {
@@ -99,52 +110,52 @@ func (c *layerCache) put(l *index.Layer) error {
 	if err != nil {
 		return err
 	}
-	id := l.Table.ID()
+	k := cacheKey{l.Blob, l.Table.ID()}
 	_, err = tmp.Write(b)
 	if err = errors.Join(err, tmp.Close()); err == nil {
-		err = os.Rename(tmp.Name(), c.path(id))
+		err = os.Rename(tmp.Name(), c.path(k))
 	}
 	if err != nil {
 		return errors.Join(err, os.Remove(tmp.Name()))
 	}
-	c.remember(id, l)
+	c.remember(k, l)
 	return nil
 }
 
 // remember keeps what reading needs; names and attributes are in the bootstrap.
-func (c *layerCache) remember(id index.ID, l *index.Layer) *index.Layer {
+func (c *layerCache) remember(k cacheKey, l *index.Layer) *index.Layer {
 	lean := *l
 	lean.Entries, lean.Skeleton = nil, nil
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.layers == nil {
-		c.layers = make(map[index.ID]*index.Layer)
+		c.layers = make(map[cacheKey]*index.Layer)
 	}
-	c.layers[id] = &lean
+	c.layers[k] = &lean
 	return &lean
 }
 
 // get is of class NotFound when nobody has put the layer.
-func (c *layerCache) get(id index.ID) (*index.Layer, error) {
+func (c *layerCache) get(k cacheKey) (*index.Layer, error) {
 	c.mu.Lock()
-	l, ok := c.layers[id]
+	l, ok := c.layers[k]
 	c.mu.Unlock()
 	if ok {
 		return l, nil
 	}
-	b, err := os.ReadFile(c.path(id))
+	b, err := os.ReadFile(c.path(k))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("index of segment %s: only the node has it: %w", id, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("index of layer %s: only the node has it: %w", k.blob, errdefs.ErrNotFound)
 	}
 	if err != nil {
 		return nil, err
 	}
 	l, err = index.DecodeLayer(b)
-	if err == nil && l.Table.ID() != id {
-		err = fmt.Errorf("it is of another segment: %w", errdefs.ErrDataLoss)
+	if err == nil && (l.Blob != k.blob || l.Table.ID() != k.segment) {
+		err = fmt.Errorf("it is of another layer: %w", errdefs.ErrDataLoss)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("index of segment %s: %w", id, err)
+		return nil, fmt.Errorf("index of layer %s: %w", k.blob, err)
 	}
-	return c.remember(id, l), nil
+	return c.remember(k, l), nil
 }

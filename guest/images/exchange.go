@@ -100,6 +100,7 @@ func readImage(ctx context.Context, repo *registry.Repository, p pin) (*Image, e
 	img := &Image{Reference: p.name.String(), Manifest: found.Desc.Digest, Config: found.ConfigBytes, found: found, blobs: repo}
 	for _, l := range found.Layers {
 		img.Layers = append(img.Layers, l.Descriptor)
+		img.DiffIDs = append(img.DiffIDs, l.DiffID)
 	}
 	return img, nil
 }

@@ -37,7 +37,7 @@ type registrySource struct {
 func (*registrySource) Name() string { return "registry" }
 
 func (s *registrySource) Fetch(ctx context.Context, seg *index.Segment, off, n int64) (io.ReadCloser, error) {
-	l, err := s.layers.get(seg.ID)
+	l, err := s.layers.get(cacheKey{seg.Layer, seg.ID})
 	if err != nil {
 		return nil, err
 	}

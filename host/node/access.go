@@ -53,7 +53,7 @@ func (c *accessCache) get(ctx context.Context, k layerKey) (*index.Layer, error)
 		if err != nil {
 			return nil, err
 		}
-		l.Entries = nil
+		l.Entries, l.Skeleton = nil, nil
 		c.put(k, l)
 		return l, nil
 	}, nil)
@@ -103,8 +103,9 @@ func (c *accessCache) drop(e *list.Element) {
 
 // accessSize is about what a layer index without entries takes in memory.
 func accessSize(l *index.Layer) int64 {
-	const chunk, extent, checkpoint, piece = 48, 24, 40, 24
-	n := int64(len(l.Table.Chunks))*chunk + int64(len(l.Access.Extents))*extent + int64(len(l.Access.Pieces))*piece
+	const chunk, extent, checkpoint, piece, span = 48, 24, 40, 32, 48
+	n := int64(len(l.Table.Chunks))*chunk + int64(len(l.Access.Extents))*extent + int64(len(l.Access.Pieces))*piece +
+		int64(len(l.Access.Spans))*span
 	for _, c := range l.Access.Checkpoints {
 		n += checkpoint + int64(len(c.Window))
 	}

@@ -117,7 +117,7 @@ func TestBadArtifact(t *testing.T) {
 	}{
 		"other blob":   {func(l *index.Layer) { l.Blob = digest.FromString("other") }, "it is of blob"},
 		"other size":   {func(l *index.Layer) { l.BlobSize++ }, "it is of blob"},
-		"other diffID": {func(l *index.Layer) { l.DiffID = digest.FromString("other") }, "unpacks to diffID"},
+		"other diffID": {func(l *index.Layer) { l.DiffID = digest.FromString("other") }, "cannot be held against the diffID"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := newRig(t)
@@ -135,15 +135,27 @@ func TestBadArtifact(t *testing.T) {
 	}
 }
 
-// An index that describes other content than the image's config is found out as
-// soon as the layer is complete, and nothing of it is served any more.
-func TestForgedArtifact(t *testing.T) {
+// An index that describes other content or other files than the image's config
+// is found out as soon as the layer is complete, and nothing of it is served any
+// more. Another image with the same content is not the worse for it.
+func TestForgedArtifacts(t *testing.T) {
+	for name, forge := range map[string]func(*index.Layer){
+		"name in the tar": func(l *index.Layer) { l.Skeleton[0] ^= 1 },
+		"mode of a file":  func(l *index.Layer) { l.Entries[0].Mode = 0o4755 },
+	} {
+		t.Run(name, func(t *testing.T) { testForged(t, forge) })
+	}
+}
+
+func testForged(t *testing.T, forge func(*index.Layer)) {
 	g := newRig(t)
 	files := tree{"etc/motd": text(1, 200_000)}
 	layers := []registrytest.Layer{files.gzip(t)}
 	pushed := g.push("app:v1", layers...)
-	forge := func(l *index.Layer) { l.Skeleton[0] ^= 1 } // another name in the tar
 	g.pushArtifact(t, "app", pushed.Desc, g.layerFiles(t, "app", layers, forge))
+	same := g.push("good:v1", layers[0], tree{"x": "y"}.gzip(t))
+	g.pushArtifact(t, "good", same.Desc, g.layerFiles(t, "good", layers, sound))
+	g.prepare(t, "good:v1")
 	if p := g.prepare(t, "app:v1"); p.Index != "index" {
 		t.Fatalf("index %q", p.Index)
 	}
@@ -152,16 +164,51 @@ func TestForgedArtifact(t *testing.T) {
 	for start := time.Now(); err == nil && time.Since(start) < time.Minute; time.Sleep(10 * time.Millisecond) {
 		err = g.read(t.Context(), l, 0, files)
 	}
-	if !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), "diffID") {
+	if !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), "publish the index again") {
 		t.Errorf("read of a forged layer: %v", err)
 	}
+	g.check(t, g.lease(t, "good:v1"), 0, files)
 	l.Close()
 	log := g.log
 	g.restart(t)
-	if !strings.Contains(log.String(), "poisoned") {
+	if !strings.Contains(log.String(), "forged") {
 		t.Error("nothing was logged")
 	}
-	if err := g.read(t.Context(), g.lease(t, "app:v1"), 0, files); !errdefs.IsDataLoss(err) {
-		t.Errorf("read of a forged layer after a restart: %v", err)
+	if _, err := g.Lease(t.Context(), g.ref("app:v1"), ""); !errdefs.IsNotFound(err) {
+		t.Errorf("lease of a forged image after a restart: %v", err)
+	}
+}
+
+// What one repository publishes of an image says nothing of the same image in
+// another.
+func TestArtifactElsewhere(t *testing.T) {
+	g := newRig(t)
+	files := tree{"etc/motd": text(1, 200_000)}
+	layers := []registrytest.Layer{files.gzip(t)}
+	good, evil := g.push("good:v1", layers...), g.push("evil:v1", layers...)
+	if good.Desc.Digest != evil.Desc.Digest {
+		t.Fatal("not the same image")
+	}
+	forge := func(l *index.Layer) { l.Entries[0].Mode = 0o4755 }
+	g.pushArtifact(t, "evil", evil.Desc, g.layerFiles(t, "evil", layers, forge))
+	if p := g.prepare(t, "evil:v1"); p.Index != "index" {
+		t.Fatalf("index %q", p.Index)
+	}
+	held := g.lease(t, "evil:v1")
+	if _, err := g.Lease(t.Context(), g.ref("good:v1"), ""); !errdefs.IsNotFound(err) {
+		t.Errorf("the image of another repository: %v", err)
+	}
+	if _, err := g.Prepare(t.Context(), g.ref("good:v1"), ""); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "/evil") {
+		t.Errorf("while it is in use with the other's index: %v", err)
+	}
+	held.Close()
+	if p := g.prepare(t, "good:v1"); p.Index != "built" {
+		t.Errorf("index %q", p.Index)
+	}
+	l := g.lease(t, "good:v1")
+	g.check(t, l, 0, files)
+	// Now the node knows the layer itself, which is good for everybody.
+	if p := g.prepare(t, "evil:v1"); p.Index != "node" {
+		t.Errorf("index %q", p.Index)
 	}
 }

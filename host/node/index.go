@@ -28,8 +28,14 @@ type indexed struct {
 
 // index makes an image exist on the node, unless it does.
 func (n *Node) index(ctx context.Context, repo *registry.Repository, img *image.Image, f *formats.Finder, wanted []formats.Layer) (indexed, error) {
-	if _, ok := n.known(img.Desc.Digest); ok {
-		return indexed{from: fromNode}, nil
+	if r, ok := n.known(img.Desc.Digest); ok {
+		if r.Origin == "" || r.Origin == repo.Name() {
+			return indexed{from: fromNode}, nil
+		}
+		// What another repository published of the same image does not count here.
+		if err := n.Remove(img.Desc.Digest); err != nil {
+			return indexed{}, fmt.Errorf("the node has the image with an index that %s published: %w", r.Origin, err)
+		}
 	}
 	c := newClock()
 	unpin := n.pin(wanted)
@@ -45,7 +51,7 @@ func (n *Node) index(ctx context.Context, repo *registry.Repository, img *image.
 	c.mark("layers")
 	out := summary(layers)
 	out.fetched += f.Fetched
-	if err := n.assemble(ctx, img, f, layers, c); err != nil {
+	if err := n.assemble(ctx, repo, img, f, layers, c); err != nil {
 		return indexed{}, outOfSpace(err)
 	}
 	out.phases = c.phases
@@ -90,7 +96,7 @@ func (n *Node) indexLayers(ctx context.Context, repo *registry.Repository, img *
 }
 
 // assemble merges the layers, hands the image to the store and keeps its record.
-func (n *Node) assemble(ctx context.Context, img *image.Image, f *formats.Finder, layers []*layerIndex, c *clock) error {
+func (n *Node) assemble(ctx context.Context, repo *registry.Repository, img *image.Image, f *formats.Finder, layers []*layerIndex, c *clock) error {
 	merged := make([]*index.Layer, len(layers))
 	for i, l := range layers {
 		merged[i] = l.layer
@@ -112,19 +118,21 @@ func (n *Node) assemble(ctx context.Context, img *image.Image, f *formats.Finder
 	if err := open.Close(); err != nil {
 		return fmt.Errorf("close image %s: %w", img.Desc.Digest, err)
 	}
-	if err := n.keepImage(img, f, layers, built, encoded); err != nil {
+	r, err := n.keepImage(repo, img, f, layers, built, encoded)
+	if err != nil {
 		return err
 	}
+	n.auditKept(r)
 	c.mark("keep")
 	return nil
 }
 
 // keepImage writes the record and makes the image known.
-func (n *Node) keepImage(img *image.Image, f *formats.Finder, layers []*layerIndex, built *index.Image, encoded []byte) error {
+func (n *Node) keepImage(repo *registry.Repository, img *image.Image, f *formats.Finder, layers []*layerIndex, built *index.Image, encoded []byte) (*record, error) {
 	blob := artifact.Describe(index.ImageType, encoded)
 	art, manifest, err := artifact.New(img.Desc, blob)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	r := &record{
 		Version: recordVersion, Manifest: bare(img.Desc), Config: bare(img.Manifest.Config),
@@ -135,6 +143,9 @@ func (n *Node) keepImage(img *image.Image, f *formats.Finder, layers []*layerInd
 	}
 	for _, l := range layers {
 		r.Layers = append(r.Layers, layerRecord{l.key.blob, l.key.by})
+		if l.published {
+			r.Origin = repo.Name()
+		}
 	}
 	for _, s := range built.Segments {
 		r.Segments = append(r.Segments, segmentRecord{s.ID, s.Layer, s.Table.Size})
@@ -143,14 +154,13 @@ func (n *Node) keepImage(img *image.Image, f *formats.Finder, layers []*layerInd
 		manifestFile: img.ManifestBytes, configFile: img.ConfigBytes, artifactFile: manifest, indexFile: encoded,
 	}
 	keepBound(r, content, img, f)
-	err = n.saveImage(r, content)
-	if err != nil {
-		return err
+	if err := n.saveImage(r, content); err != nil {
+		return nil, err
 	}
 	n.mu.Lock()
+	defer n.mu.Unlock()
 	n.images[r.Manifest.Digest] = r
-	n.mu.Unlock()
-	return nil
+	return r, nil
 }
 
 // keepBound keeps the image index and the index artifact that it binds, for

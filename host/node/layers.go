@@ -45,6 +45,9 @@ type layerIndex struct {
 	layer *index.Layer
 	from  string
 	bytes int64 // of the blob that were fetched for it
+	// published says that neither the blob nor the image's manifest vouches for
+	// the index, but whoever published it in the image's repository.
+	published bool
 }
 
 // readLayer reads a whole layer index from the disk.
@@ -97,7 +100,7 @@ func (n *Node) layer(ctx context.Context, repo *registry.Repository, f *formats.
 	}
 	var errs []error
 	for _, w := range f.Ways(l) {
-		if w.Lazy && !repo.Ranged() {
+		if l.Whole && !repo.Ranged() || n.isForged(layerKey{l.Digest, w.By}) {
 			continue
 		}
 		made, err := n.wayLayer(ctx, l, w)
@@ -119,8 +122,8 @@ func (n *Node) layer(ctx context.Context, repo *registry.Repository, f *formats.
 // wayLayer has the index of a layer in one of the ways to it.
 func (n *Node) wayLayer(ctx context.Context, l formats.Layer, w formats.Way) (*layerIndex, error) {
 	key := layerKey{l.Digest, w.By}
-	made, _, err := n.layers.do(ctx, key, func(ctx context.Context, _ *atomic.Int64) (*layerIndex, error) {
-		if kept := n.keptLayer(key); kept != nil {
+	open := func(ctx context.Context, _ *atomic.Int64) (*layerIndex, error) {
+		if kept := n.keptLayer(key); kept != nil && kept.layer.BlobSize == l.Size {
 			return kept, nil
 		}
 		made, fetched, err := w.Open(ctx)
@@ -128,8 +131,18 @@ func (n *Node) wayLayer(ctx context.Context, l formats.Layer, w formats.Way) (*l
 			return nil, err
 		}
 		return n.saveLayer(key, made, w.From, fetched)
-	}, nil)
-	return made, err
+	}
+	made, shared, err := n.layers.do(ctx, key, open, nil)
+	if shared && (err != nil || made.layer.BlobSize != l.Size) && ctx.Err() == nil {
+		// It was opened for another image, whose repository may say other things.
+		made, _, err = n.layers.do(ctx, key, open, nil)
+	}
+	if err != nil {
+		return nil, err
+	}
+	own := *made
+	own.published = w.From != formats.FromTOC && w.From != formats.FromNydus
+	return &own, nil
 }
 
 // wholeLayer has the index of a layer built from its blob.

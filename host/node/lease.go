@@ -60,6 +60,7 @@ func (n *Node) Lease(ctx context.Context, ref, platform string) (*Lease, error) 
 func (n *Node) lease(ctx context.Context, ref reference.Named, manifest digest.Digest) (*Lease, error) {
 	n.mu.Lock()
 	r, ok := n.images[manifest]
+	ok = ok && r.countsFor(ref)
 	if ok {
 		n.leases[manifest]++
 	}
@@ -171,6 +172,9 @@ func (l *Lease) remote(d digest.Digest) (ocispec.Descriptor, bool) {
 // come from the registry; they are not verified, as whoever reads a whole one
 // does that.
 func (l *Lease) Open(ctx context.Context, kind string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
+	if err := l.n.forgedIn(l.record); err != nil {
+		return nil, fmt.Errorf("open %s of image %s: %w", d, l.Manifest(), err)
+	}
 	if kind == kindSegment {
 		s, ok := l.at[d]
 		if !ok || off < 0 || n < 0 || off > s.Table.Size || n > s.Table.Size-off {

@@ -9,7 +9,8 @@
 //	layers/<algorithm>/<hex>            encoded layer index, built from the verified blob
 //	layers/<algorithm>/<hex>.<by hex>   the same, taken from what has that digest
 //	images/<algorithm>/<hex>/           one image; its rename makes it exist
-//	    record.json manifest.json config.json artifact.json index
+//	    record.json manifest.json config.json artifact.json index, and what
+//	    binds a published index: parent.json bound.json
 //	refs/<hex>.json                     what a reference meant when it was prepared last
 //	store/                              of package store
 //	tmp/                                emptied at the start
@@ -17,7 +18,8 @@
 // A layer index that was taken from something published (a TOC, an index
 // artifact) is used for images that lead to this very thing and for no other:
 // the repository of one image must not be able to say what a layer of another
-// holds.
+// holds. So an image with an index that the manifest does not bind counts only
+// for references to the repository that it was published in (record.Origin).
 //
 // # Memory
 //
@@ -81,6 +83,7 @@ type Node struct {
 	fetching map[digest.Digest]*progress // layers under way by manifest; protected by mu
 
 	prefetches map[digest.Digest]*prefetch // under way by manifest; protected by mu
+	forged     map[layerKey]error          // published indexes that are not used any more; protected by mu
 }
 
 // sourceStall is after how long without a byte a registry is given up. The
@@ -101,7 +104,7 @@ func Open(cfg Config) (*Node, error) {
 		building: make(chan struct{}, cfg.Layers),
 		images:   map[digest.Digest]*record{}, leases: map[digest.Digest]int{},
 		pins: map[digest.Digest]int{}, jobs: map[string]*job{},
-		fetching: map[digest.Digest]*progress{}, prefetches: map[digest.Digest]*prefetch{},
+		fetching: map[digest.Digest]*progress{}, prefetches: map[digest.Digest]*prefetch{}, forged: map[layerKey]error{},
 	}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	err := n.files.claim()

@@ -9,6 +9,10 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/store"
 )
 
+// prefetchStep is how much of a hint is fetched at a time, in bytes: a publisher
+// may hint at whole images, and readers are waiting behind it.
+const prefetchStep = 8 << 20
+
 // prefetch is the fetching of what an image's publisher says that a start will
 // read.
 type prefetch struct {
@@ -39,11 +43,11 @@ func (n *Node) startPrefetch(ref reference.Named, manifest digest.Digest) {
 	})
 }
 
-// beginPrefetch is false when the image is being prefetched already.
+// beginPrefetch is false when the image is being prefetched already, or gone.
 func (n *Node) beginPrefetch(manifest digest.Digest, p *prefetch) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.prefetches[manifest] != nil {
+	if n.prefetches[manifest] != nil || n.images[manifest] == nil {
 		return false
 	}
 	n.prefetches[manifest] = p
@@ -78,8 +82,10 @@ func (n *Node) prefetch(ctx context.Context, manifest digest.Digest, src store.S
 	defer func() { _ = img.Close() }() // it has nothing to report
 	for _, s := range img.Segments() {
 		for _, r := range s.Prefetch {
-			if err := img.Prefetch(ctx, s.Off+r.Off, r.Len); err != nil {
-				return err
+			for off, end := r.Off, r.Off+r.Len; off < end; off += prefetchStep {
+				if err := img.Prefetch(ctx, s.Off+off, min(prefetchStep, end-off)); err != nil {
+					return err
+				}
 			}
 		}
 	}

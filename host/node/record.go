@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -22,7 +23,8 @@ const (
 	artifactFile = "artifact.json"
 	parentFile   = "parent.json"
 	boundFile    = "bound.json"
-	indexFile    = "index" // encoded index.Image
+	forgedFile   = "forged" // a published index that the image uses was found so
+	indexFile    = "index"  // encoded index.Image
 )
 
 const recordVersion = 2
@@ -44,6 +46,10 @@ type record struct {
 	Parent     ocispec.Descriptor
 	Bound      ocispec.Descriptor
 	BoundFiles []ocispec.Descriptor
+	// Origin is the repository that an index was published in which neither the
+	// layers nor the manifest vouch for; empty if there is no such index. The
+	// record then counts only for references to that repository.
+	Origin string
 	// ImageSize is of the one-file image, in bytes.
 	ImageSize int64
 }
@@ -70,6 +76,9 @@ func (r *record) compressedSize() int64 {
 	}
 	return sum
 }
+
+// countsFor says whether the record may be used for an image of a repository.
+func (r *record) countsFor(ref reference.Named) bool { return r.Origin == "" || r.Origin == ref.Name() }
 
 // described are the files with descriptors, by name.
 func (r *record) described() map[string]ocispec.Descriptor {
@@ -104,6 +113,9 @@ func (n *Node) loadRecord(d digest.Digest) (*record, error) {
 	data, err := readBounded(filepath.Join(dir, recordFile), registry.MaxManifest)
 	if err != nil {
 		return nil, err
+	}
+	if reason, err := readBounded(filepath.Join(dir, forgedFile), registry.MaxManifest); err == nil {
+		return nil, fmt.Errorf("%s: %w", reason, errdefs.ErrDataLoss)
 	}
 	r := new(record)
 	if err := json.Unmarshal(data, r); err != nil {

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/tatami-containers/tatami/rootfs/image"
 )
 
 // target is one thing that can be prepared.
@@ -43,7 +45,11 @@ func (n *Node) meant(t target) *meaning {
 		}
 		return nil
 	}
-	if _, ok := n.known(m.Manifest); !ok || m.Reference != t.reference || m.Platform != t.platform {
+	r, ok := n.known(m.Manifest)
+	if !ok || m.Reference != t.reference || m.Platform != t.platform {
+		return nil
+	}
+	if ref, err := image.ParseReference(t.reference); err != nil || !r.countsFor(ref) {
 		return nil
 	}
 	return m

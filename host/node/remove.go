@@ -17,11 +17,11 @@ import (
 // else uses. ErrNotFound when the node does not have it, ErrFailedPrecondition
 // while it is leased.
 func (n *Node) Remove(manifest digest.Digest) error {
-	n.stopPrefetch(manifest)
 	r, err := n.forget(manifest)
 	if err != nil {
 		return fmt.Errorf("remove image %s: %w", manifest, err)
 	}
+	n.stopPrefetch(manifest) // none begins any more
 	var used []layerKey
 	for _, l := range r.Layers {
 		used = append(used, l.key())

@@ -84,7 +84,7 @@ func (f found) ways(l formats.Layer) string {
 func built(t *testing.T, blob []byte, span int64) *index.Layer {
 	t.Helper()
 	l, err := layer.Build(t.Context(), bytes.NewReader(blob), layer.Descriptor{Digest: digest.FromBytes(blob), Size: int64(len(blob))},
-		layer.Discard, layer.Options{Span: span})
+		layer.Discard, layer.Options{Skeleton: true, Span: span})
 	if err != nil {
 		t.Fatal(err)
 	}

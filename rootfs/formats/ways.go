@@ -135,17 +135,19 @@ func (f *Finder) fileWay(l Layer, desc ocispec.Descriptor, bound bool) Way {
 	}}
 }
 
-// checkFile says why a node has no use for what a layer file says. One whose
-// sums are names is refused: a publisher could give its chunks the names of
-// another's, and so its bytes to the other's image.
+// checkFile says why a node has no use for what a layer file says. It must be one
+// that can be held against the image once the layer is complete. Sums that are
+// names would let a publisher give its chunks the names of another's.
 func checkFile(l Layer, made *index.Layer) error {
 	switch {
 	case made.Blob != l.Digest || made.BlobSize != l.Size:
 		return fmt.Errorf("it is of blob %s with %d bytes: %w", made.Blob, made.BlobSize, errdefs.ErrInvalidArgument)
-	case made.Table.Algorithm == index.Vouched:
-		return fmt.Errorf("it has no digests of chunks: %w", errdefs.ErrInvalidArgument)
+	case made.Access.Format == index.Chunked || made.Table.Algorithm != index.SHA256:
+		return fmt.Errorf("it is not of a tar whose chunks have digests: %w", errdefs.ErrInvalidArgument)
 	case !layer.RandomAccess(made):
 		return fmt.Errorf("decompressing can start in too few places, so that lazy reads cost more than the whole blob: %w", errdefs.ErrFailedPrecondition)
+	case made.DiffID != l.DiffID || len(made.Skeleton) == 0:
+		return fmt.Errorf("it cannot be held against the diffID %s of the image's config: %w", l.DiffID, errdefs.ErrInvalidArgument)
 	}
 	return nil
 }

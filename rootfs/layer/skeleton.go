@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"slices"
 
@@ -56,36 +55,47 @@ func (b beside) ReadFrom(r io.Reader) (int64, error) {
 }
 
 // DiffID makes the uncompressed tar of a layer again, out of its skeleton and
-// its segment, and returns its digest, which should be l.DiffID.
-//
-// Errors: ErrNotFound if the layer has no skeleton, ErrInvalidArgument if it is
-// not that of the layer; those of segment and ctx as they are.
+// its segment, and returns its digest, which should be l.DiffID. Errors are
+// those of WriteTar.
 func DiffID(ctx context.Context, l *index.Layer, segment io.ReaderAt) (digest.Digest, error) {
-	if len(l.Skeleton) == 0 {
-		return "", fmt.Errorf("layer %s has no skeleton: %w", l.Blob, errdefs.ErrNotFound)
-	}
 	algorithm := digest.Canonical
 	if l.DiffID != "" {
 		algorithm = l.DiffID.Algorithm()
 	}
-	r := rebuilder{ctx: ctx, segment: segment, skeleton: l.Skeleton, sum: algorithm.Hash(), buf: make([]byte, index.UnitSize)}
-	if err := r.stream(l.Access.Extents); err != nil {
-		return "", fmt.Errorf("tar of layer %s: %w", l.Blob, err)
+	sum := algorithm.Hash()
+	if err := WriteTar(ctx, l, segment, sum); err != nil {
+		return "", err
 	}
-	return digest.NewDigest(algorithm, r.sum), nil
+	return digest.NewDigest(algorithm, sum), nil
 }
 
-// rebuilder hashes a tar stream that it puts together.
+// WriteTar writes the uncompressed tar of a layer, made again out of its
+// skeleton and its segment.
+//
+// Errors: ErrNotFound if the layer has no skeleton, ErrInvalidArgument if it is
+// not that of the layer; those of segment, w and ctx as they are.
+func WriteTar(ctx context.Context, l *index.Layer, segment io.ReaderAt, w io.Writer) error {
+	if len(l.Skeleton) == 0 {
+		return fmt.Errorf("layer %s has no skeleton: %w", l.Blob, errdefs.ErrNotFound)
+	}
+	r := rebuilder{ctx: ctx, segment: segment, skeleton: l.Skeleton, w: w, buf: make([]byte, index.UnitSize)}
+	if err := r.stream(l.Access.Extents); err != nil {
+		return fmt.Errorf("tar of layer %s: %w", l.Blob, err)
+	}
+	return nil
+}
+
+// rebuilder puts a tar stream together.
 type rebuilder struct {
 	ctx      context.Context
 	segment  io.ReaderAt
 	skeleton []byte // what is left of it
 	pos      int64  // in the stream
-	sum      hash.Hash
+	w        io.Writer
 	buf      []byte
 }
 
-// stream hashes all of it.
+// stream writes all of it.
 func (r *rebuilder) stream(extents []index.Extent) error {
 	byTar := func(a, b index.Extent) int { return cmp.Compare(a.Tar, b.Tar) }
 	if !slices.IsSortedFunc(extents, byTar) {
@@ -96,17 +106,19 @@ func (r *rebuilder) stream(extents []index.Extent) error {
 			return err
 		}
 	}
-	r.sum.Write(r.skeleton)
-	return nil
+	_, err := r.w.Write(r.skeleton)
+	return err
 }
 
-// extent hashes what comes before an extent, and the extent.
+// extent writes what comes before an extent, and the extent.
 func (r *rebuilder) extent(x index.Extent) error {
 	before := x.Tar - r.pos
 	if before < 0 || before > int64(len(r.skeleton)) {
 		return fmt.Errorf("skeleton does not reach from byte %d to %d: %w", r.pos, x.Tar, errdefs.ErrInvalidArgument)
 	}
-	r.sum.Write(r.skeleton[:before])
+	if _, err := r.w.Write(r.skeleton[:before]); err != nil {
+		return err
+	}
 	r.skeleton, r.pos = r.skeleton[before:], x.Tar+x.Len
 	for x.Len > 0 {
 		if r.ctx.Err() != nil {
@@ -119,7 +131,9 @@ func (r *rebuilder) extent(x index.Extent) error {
 			}
 			return err
 		}
-		r.sum.Write(b)
+		if _, err := r.w.Write(b); err != nil {
+			return err
+		}
 		x.Seg += int64(len(b))
 		x.Len -= int64(len(b))
 	}
