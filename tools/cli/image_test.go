@@ -10,6 +10,7 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/tatami-containers/tatami/rootfs/image"
 	"github.com/tatami-containers/tatami/tests/kinds"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 	"github.com/tatami-containers/tatami/tests/torture"
@@ -224,6 +225,42 @@ func TestConvert(t *testing.T) {
 	}
 	if out := good(t, "convert", "--to", "estargz", reg+":single", reg+":other"); !strings.Contains(out, "of tar in") {
 		t.Errorf("%s", out)
+	}
+}
+
+// TestConvertVariants keeps what only the index says: its annotations, and the
+// variants of its platforms.
+func TestConvertVariants(t *testing.T) {
+	s := registrytest.Start(t, registrytest.Options{})
+	index := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Annotations: map[string]string{"org.example.kept": "yes"}}
+	index.SchemaVersion = 2
+	want := []string{"linux/arm/v6", "linux/arm/v7"}
+	for _, v := range want {
+		arm := ocispec.Platform{OS: "linux", Architecture: "arm"}
+		d := s.PushImage("x", "", registrytest.Image{
+			Layers: []registrytest.Layer{registrytest.Must(registrytest.Gzip(plain(filepath.Base(v))))}, Platform: arm,
+		}).Desc
+		arm.Variant = filepath.Base(v)
+		d.Platform = &arm
+		index.Manifests = append(index.Manifests, d)
+	}
+	s.PushManifest("x", "arm", index.MediaType, registrytest.Must(json.Marshal(index)))
+	to := "oci:" + filepath.Join(t.TempDir(), "layout") + ":arm"
+	good(t, "convert", "--to", "estargz", s.Host()+"/x:arm", to)
+	src := registrytest.Must(transport.OpenSource(registrytest.Must(transport.Parse(to)), transport.Options{}))
+	defer src.Close()
+	got := registrytest.Must(transport.Select(t.Context(), src, to, nil)).Index
+	if got == nil || got.Annotations["org.example.kept"] != "yes" || len(got.Manifests) != len(want) {
+		t.Fatalf("%+v", got)
+	}
+	checked, inspected := parsed[[]check.Report](t, "check", to), parsed[[]inspect.Report](t, "inspect", to)
+	for i, platform := range want {
+		if p := image.FormatPlatform(*got.Manifests[i].Platform); p != platform {
+			t.Errorf("manifest %d is for %s, want %s", i, p, platform)
+		}
+		if checked[i].Platform != platform || inspected[i].Platform != platform {
+			t.Errorf("reported as %s and %s, want %s", checked[i].Platform, inspected[i].Platform, platform)
+		}
 	}
 }
 

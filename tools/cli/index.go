@@ -126,7 +126,7 @@ func publish(ctx context.Context, src transport.Source, dst transport.Dest, sel 
 
 func summary(img *image.Image, artifact ocispec.Descriptor, files []imageindex.File, took time.Duration) indexed {
 	r := indexed{
-		Platform: image.FormatPlatform(img.Config.Platform), Manifest: img.Desc.Digest, Artifact: artifact.Digest,
+		Platform: image.FormatPlatform(transport.PlatformOf(img)), Manifest: img.Desc.Digest, Artifact: artifact.Digest,
 		Seconds: took.Seconds(),
 	}
 	seen := map[digest.Digest]bool{}
