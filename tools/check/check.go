@@ -73,7 +73,7 @@ type checker struct {
 // end; what is wrong with the image is in the report.
 func Image(ctx context.Context, src transport.Source, img *image.Image, p progress.Reporter, log *slog.Logger) (*Report, error) {
 	c := checker{src, p}
-	r := &Report{Reference: img.Reference, Manifest: img.Desc.Digest, Platform: image.FormatPlatform(img.Config.Platform)}
+	r := &Report{Reference: img.Reference, Manifest: img.Desc.Digest, Platform: image.FormatPlatform(transport.PlatformOf(img))}
 	f := formats.New(src, src.LayerBlob, img, log)
 	layers, err := f.Layers()
 	if err != nil {

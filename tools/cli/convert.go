@@ -113,6 +113,9 @@ func convertAll(ctx context.Context, src transport.Source, dst transport.Dest, s
 		return nil, fmt.Errorf("a converted image has another digest: name a tag for it: %w", errdefs.ErrInvalidArgument)
 	}
 	list := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
+	if sel.Index != nil {
+		list.Annotations = sel.Index.Annotations
+	}
 	single := len(sel.Images) == 1
 	var out []*convert.Report
 	for _, img := range sel.Images {
@@ -124,7 +127,8 @@ func convertAll(ctx context.Context, src transport.Source, dst transport.Dest, s
 		if err != nil {
 			return nil, err
 		}
-		desc.Platform = &img.Config.Platform
+		platform := transport.PlatformOf(img)
+		desc.Platform = &platform
 		list.Manifests = append(list.Manifests, desc)
 		out = append(out, r)
 	}

@@ -8,8 +8,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/tatami-containers/tatami/rootfs/image"
 	"github.com/tatami-containers/tatami/tests/kinds"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 	"github.com/tatami-containers/tatami/tests/torture"
@@ -180,6 +182,53 @@ func TestIndex(t *testing.T) {
 	}
 }
 
+// TestIndexUnfit indexes the images of an index that can be, and tells why the
+// others cannot.
+func TestIndexUnfit(t *testing.T) {
+	s := registrytest.Start(t, registrytest.Options{})
+	large := torture.NewTar()
+	large.File("large", strings.Repeat("\x01", 33<<20)) // too much for one frame
+	push := func(arch string, l registrytest.Layer) ocispec.Descriptor {
+		return s.PushImage("x", arch, registrytest.Image{
+			Layers: []registrytest.Layer{l}, Platform: ocispec.Platform{OS: "linux", Architecture: arch},
+		}).Desc
+	}
+	frame := push("amd64", kinds.Zstd(large.Bytes(), 0))
+	nydus := kinds.PushNydus(t, s, "x", "nydus", "v6-merge").Desc
+	nydus.Platform = &ocispec.Platform{OS: "linux", Architecture: "riscv64"}
+	fit := push("arm64", registrytest.Must(registrytest.Gzip(plain("arm64"))))
+	s.PushIndex("x", "some", false, frame, nydus, fit)
+	s.PushIndex("x", "none", false, frame, nydus)
+	name := s.Host() + "/x:some"
+	made := parsed[[]indexed](t, "index", "--bind", name)
+	if len(made) != 3 || made[2].Error != "" || made[2].Artifact == "" {
+		t.Fatalf("%+v", made)
+	}
+	for i, says := range []string{"tatami convert", "not supported"} {
+		if r := made[i]; !strings.Contains(r.Error, says) || r.Artifact != "" || r.Index != 0 {
+			t.Errorf("image %d: %+v", i, r)
+		}
+	}
+	found := parsed[[]inspect.Report](t, "inspect", name)
+	if len(found) != 3 || len(found[0].Artifacts) != 0 || len(found[2].Artifacts) != 1 || !found[2].Artifacts[0].Bound {
+		t.Errorf("%+v", found)
+	}
+	if out := good(t, "index", name); strings.Count(out, "  not indexed: ") != 2 || !strings.Contains(out, "index "+string(made[2].Artifact)) {
+		t.Errorf("%s", out)
+	}
+	code, out, errs := invoke(t, "index", "--bind", s.Host()+"/x:none")
+	if code != exitFailed || out != "" || !strings.Contains(errs, "tatami convert") || !strings.Contains(errs, "not supported") {
+		t.Errorf("none: exit code %d\n%s%s", code, out, errs)
+	}
+	// A registry that refuses a request says nothing about the image.
+	blob := registrytest.Must(registrytest.Gzip(plain("arm64"))).Blob
+	s.Fault("/blobs/"+digest.FromBytes(blob).String(), 0, registrytest.Status(400))
+	s.PushIndex("x", "refused", false, fit, push("s390x", registrytest.Must(registrytest.Gzip(plain("s390x")))))
+	if code, out, _ := invoke(t, "index", s.Host()+"/x:refused"); code != exitFailed || out != "" {
+		t.Errorf("refused: exit code %d\n%s", code, out)
+	}
+}
+
 // TestConvert converts an index whole, and one platform of it.
 func TestConvert(t *testing.T) {
 	reg, layout := places(t)
@@ -224,6 +273,42 @@ func TestConvert(t *testing.T) {
 	}
 	if out := good(t, "convert", "--to", "estargz", reg+":single", reg+":other"); !strings.Contains(out, "of tar in") {
 		t.Errorf("%s", out)
+	}
+}
+
+// TestConvertVariants keeps what only the index says: its annotations, and the
+// variants of its platforms.
+func TestConvertVariants(t *testing.T) {
+	s := registrytest.Start(t, registrytest.Options{})
+	index := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Annotations: map[string]string{"org.example.kept": "yes"}}
+	index.SchemaVersion = 2
+	want := []string{"linux/arm/v6", "linux/arm/v7"}
+	for _, v := range want {
+		arm := ocispec.Platform{OS: "linux", Architecture: "arm"}
+		d := s.PushImage("x", "", registrytest.Image{
+			Layers: []registrytest.Layer{registrytest.Must(registrytest.Gzip(plain(filepath.Base(v))))}, Platform: arm,
+		}).Desc
+		arm.Variant = filepath.Base(v)
+		d.Platform = &arm
+		index.Manifests = append(index.Manifests, d)
+	}
+	s.PushManifest("x", "arm", index.MediaType, registrytest.Must(json.Marshal(index)))
+	to := "oci:" + filepath.Join(t.TempDir(), "layout") + ":arm"
+	good(t, "convert", "--to", "estargz", s.Host()+"/x:arm", to)
+	src := registrytest.Must(transport.OpenSource(registrytest.Must(transport.Parse(to)), transport.Options{}))
+	defer src.Close()
+	got := registrytest.Must(transport.Select(t.Context(), src, to, nil)).Index
+	if got == nil || got.Annotations["org.example.kept"] != "yes" || len(got.Manifests) != len(want) {
+		t.Fatalf("%+v", got)
+	}
+	checked, inspected := parsed[[]check.Report](t, "check", to), parsed[[]inspect.Report](t, "inspect", to)
+	for i, platform := range want {
+		if p := image.FormatPlatform(*got.Manifests[i].Platform); p != platform {
+			t.Errorf("manifest %d is for %s, want %s", i, p, platform)
+		}
+		if checked[i].Platform != platform || inspected[i].Platform != platform {
+			t.Errorf("reported as %s and %s, want %s", checked[i].Platform, inspected[i].Platform, platform)
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -11,6 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/rootfs/image"
+	"github.com/tatami-containers/tatami/rootfs/registry"
 	"github.com/tatami-containers/tatami/tools/imageindex"
 	"github.com/tatami-containers/tatami/tools/progress"
 	"github.com/tatami-containers/tatami/tools/transport"
@@ -20,10 +22,11 @@ import (
 type indexed struct {
 	Platform string        `json:"platform"`
 	Manifest digest.Digest `json:"manifest"`
-	Artifact digest.Digest `json:"artifact"`
+	Artifact digest.Digest `json:"artifact,omitempty"`
 	Image    int64         `json:"image"` // compressed layers, each once
 	Index    int64         `json:"index"` // layer files
 	Seconds  float64       `json:"seconds"`
+	Error    string        `json:"error,omitempty"` // why it cannot be indexed; it has no artifact then
 }
 
 func indexCommand(ctx context.Context, args []string, s Streams) (int, error) {
@@ -98,23 +101,9 @@ func publish(ctx context.Context, src transport.Source, dst transport.Dest, sel 
 	if bind && !hasTag(dst) {
 		return nil, fmt.Errorf("--bind makes a new image index: name a tag for it: %w", errdefs.ErrInvalidArgument)
 	}
-	var out []indexed
-	var bound []imageindex.Bound
-	for _, img := range sel.Images {
-		start := time.Now()
-		files, err := imageindex.Build(ctx, src, img, opts)
-		if err != nil {
-			return nil, err
-		}
-		desc, err := imageindex.Publish(ctx, dst, img, files)
-		if err != nil {
-			return nil, err
-		}
-		bound = append(bound, imageindex.Bound{Image: img, Artifact: desc})
-		out = append(out, summary(img, desc, files, time.Since(start)))
-	}
-	if !bind {
-		return out, nil
+	out, bound, err := publishEach(ctx, src, dst, sel.Images, opts)
+	if err != nil || !bind {
+		return out, err
 	}
 	data, err := imageindex.Bind(sel.Index, bound)
 	if err != nil {
@@ -124,9 +113,48 @@ func publish(ctx context.Context, src transport.Source, dst transport.Dest, sel 
 	return out, err
 }
 
+// publishEach passes over images that cannot be indexed, with the reason in what
+// it reports of them; it is an error when there are no others.
+func publishEach(ctx context.Context, src transport.Source, dst transport.Dest, images []*image.Image, opts imageindex.Options) ([]indexed, []imageindex.Bound, error) {
+	var out []indexed
+	var bound []imageindex.Bound
+	var reasons []error
+	for _, img := range images {
+		start := time.Now()
+		files, err := imageindex.Build(ctx, src, img, opts)
+		if unfit(err) {
+			reasons = append(reasons, err)
+			r := summary(img, ocispec.Descriptor{}, nil, time.Since(start))
+			r.Error = err.Error()
+			out = append(out, r)
+			continue
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		desc, err := imageindex.Publish(ctx, dst, img, files)
+		if err != nil {
+			return nil, nil, err
+		}
+		bound = append(bound, imageindex.Bound{Image: img, Artifact: desc})
+		out = append(out, summary(img, desc, files, time.Since(start)))
+	}
+	if len(bound) == 0 {
+		return nil, nil, errors.Join(reasons...)
+	}
+	return out, bound, nil
+}
+
+// unfit tells an image that Build refuses for what it is from a source that
+// fails: a registry's errors may be of the same classes.
+func unfit(err error) bool {
+	var failed *registry.Error
+	return (errdefs.IsFailedPrecondition(err) || errdefs.IsInvalidArgument(err)) && !errors.As(err, &failed)
+}
+
 func summary(img *image.Image, artifact ocispec.Descriptor, files []imageindex.File, took time.Duration) indexed {
 	r := indexed{
-		Platform: image.FormatPlatform(img.Config.Platform), Manifest: img.Desc.Digest, Artifact: artifact.Digest,
+		Platform: image.FormatPlatform(transport.PlatformOf(img)), Manifest: img.Desc.Digest, Artifact: artifact.Digest,
 		Seconds: took.Seconds(),
 	}
 	seen := map[digest.Digest]bool{}
@@ -144,6 +172,10 @@ func summary(img *image.Image, artifact ocispec.Descriptor, files []imageindex.F
 
 func printIndexed(w io.Writer, all []indexed) {
 	for _, r := range all {
+		if r.Error != "" {
+			fmt.Fprintf(w, "%s %s\n  not indexed: %s\n", r.Platform, r.Manifest, r.Error)
+			continue
+		}
 		fmt.Fprintf(w, "%s %s\n  index %s\n  %s for %s compressed (%.2f %%), %.1f s\n", r.Platform, r.Manifest, r.Artifact,
 			progress.Bytes(r.Index), progress.Bytes(r.Image), 100*float64(r.Index)/float64(max(r.Image, 1)), r.Seconds)
 	}

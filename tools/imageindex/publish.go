@@ -88,7 +88,6 @@ func replaced(d ocispec.Descriptor, all []Bound) bool {
 
 // withPlatform describes an image as an index does.
 func withPlatform(img *image.Image) ocispec.Descriptor {
-	return ocispec.Descriptor{
-		MediaType: img.Desc.MediaType, Digest: img.Desc.Digest, Size: img.Desc.Size, Platform: &img.Config.Platform,
-	}
+	platform := transport.PlatformOf(img)
+	return ocispec.Descriptor{MediaType: img.Desc.MediaType, Digest: img.Desc.Digest, Size: img.Desc.Size, Platform: &platform}
 }

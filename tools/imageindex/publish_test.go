@@ -151,3 +151,24 @@ func TestBind(t *testing.T) {
 		}
 	}
 }
+
+// TestBindVariant takes the platform from the index that an image was chosen
+// from: the config's has no variant.
+func TestBindVariant(t *testing.T) {
+	arm := ocispec.Platform{OS: "linux", Architecture: "arm"}
+	img := &image.Image{Desc: artifact.Describe(ocispec.MediaTypeImageManifest, []byte("image"))}
+	img.Config.Platform = arm
+	arm.Variant = "v6"
+	img.Desc.Platform = &arm
+	data, err := Bind(nil, []Bound{{img, artifact.Describe(ocispec.MediaTypeImageManifest, []byte("artifact"))}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got ocispec.Index
+	if err := json.Unmarshal(data, &got); err != nil {
+		t.Fatal(err)
+	}
+	if p := got.Manifests[0].Platform; p == nil || image.FormatPlatform(*p) != "linux/arm/v6" {
+		t.Errorf("platform %+v", p)
+	}
+}

@@ -119,7 +119,7 @@ func Image(ctx context.Context, src transport.Source, img *image.Image, opts Opt
 func newReport(img *image.Image, f *formats.Finder) *Report {
 	r := &Report{
 		Reference: img.Reference, Manifest: img.Desc.Digest, MediaType: img.Desc.MediaType,
-		Platform: image.FormatPlatform(img.Config.Platform), Parent: img.ParentDesc.Digest, Lazy: true,
+		Platform: image.FormatPlatform(transport.PlatformOf(img)), Parent: img.ParentDesc.Digest, Lazy: true,
 	}
 	for _, l := range img.Layers {
 		r.Blobs = append(r.Blobs, Blob{l.Digest, l.MediaType, l.Size})

@@ -16,7 +16,7 @@ import (
 type Selection struct {
 	Desc   ocispec.Descriptor // of the manifest or index that the name means
 	Index  *ocispec.Index     // nil for a single image
-	Images []*image.Image     // in the order of the index, each with its Parent
+	Images []*image.Image     // in the order of the index, each with its Parent and the platform in its Desc
 }
 
 // Select reads the images that the source's name means: all of an index, or the
@@ -45,10 +45,13 @@ func Select(ctx context.Context, src Source, name string, platform *ocispec.Plat
 		if !isImage(d) {
 			continue
 		}
-		img, err := image.ResolveObject(ctx, src, d.Digest.String(), name, *d.Platform)
+		// The zero platform: a config may say less than the index, as "arm" for
+		// arm/v6.
+		img, err := image.ResolveObject(ctx, src, d.Digest.String(), name, ocispec.Platform{})
 		if err != nil {
 			return nil, err
 		}
+		img.Desc.Platform = d.Platform
 		img.Parent, img.ParentDesc, img.ParentBytes = sel.Index, desc, data
 		sel.Images = append(sel.Images, img)
 	}
@@ -56,6 +59,15 @@ func Select(ctx context.Context, src Source, name string, platform *ocispec.Plat
 		return nil, fmt.Errorf("%s lists no image with a platform: %w", name, errdefs.ErrNotFound)
 	}
 	return sel, nil
+}
+
+// PlatformOf is what an image runs on: what the index that it was chosen from
+// says, as configs often leave out the variant; else what its config says.
+func PlatformOf(img *image.Image) ocispec.Platform {
+	if p := img.Desc.Platform; p != nil && p.Architecture != "" {
+		return *p
+	}
+	return img.Config.Platform
 }
 
 func resolveOne(ctx context.Context, src Source, name string, platform *ocispec.Platform) (*image.Image, error) {
