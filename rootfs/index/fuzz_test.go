@@ -70,7 +70,7 @@ func FuzzReadAccess(f *testing.F) {
 	f.Add(appendExtents(nil, a.Extents), appendCheckpoints(nil, a.Checkpoints), appendPieces(nil, pieces), appendSpans(nil, []Span{{0, 9, Sum{1}}, {8, 2, Sum{2}}}))
 	f.Fuzz(func(t *testing.T, extents, points, pieces, spans []byte) {
 		var a, b Access
-		if a.readExtents(extents) != nil || a.readCheckpoints(points) != nil || a.readPieces(pieces) != nil || a.readSpans(spans) != nil {
+		if a.readExtents(extents) != nil || a.readCheckpoints(points) != nil || a.readPieces(pieces, len(pieces)) != nil || a.readSpans(spans) != nil {
 			return
 		}
 		if err := b.readSpans(appendSpans(nil, a.Spans)); err != nil {
@@ -82,7 +82,7 @@ func FuzzReadAccess(f *testing.F) {
 		if err := b.readCheckpoints(appendCheckpoints(nil, a.Checkpoints)); err != nil {
 			t.Error(err)
 		}
-		if err := b.readPieces(appendPieces(nil, a.Pieces)); err != nil {
+		if err := b.readPieces(appendPieces(nil, a.Pieces), len(a.Pieces)); err != nil {
 			t.Error(err)
 		}
 		if !reflect.DeepEqual(a, b) {

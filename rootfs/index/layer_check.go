@@ -13,7 +13,16 @@ const (
 const (
 	maxBlobs = 4096
 	maxPoint = 1<<32 - 1
+	// What a layer file says in a few bytes takes tens in memory. No layer comes
+	// near these.
+	maxExtents     = 8 << 20
+	maxCheckpoints = 1 << 20
+	maxSpans       = 1 << 20
+	maxRanges      = MaxPrefetch
 )
+
+// MaxPrefetch bounds the ranges of a Layer.Prefetch.
+const MaxPrefetch = 16 << 10
 
 // Validate checks all that the type and its parts promise: digests, bounds,
 // order. Errors name the entry.
@@ -71,6 +80,9 @@ func (l *Layer) checkFormat() error {
 	switch {
 	case a.Format < Tar || a.Format > Chunked:
 		return invalid("unknown format %d", a.Format)
+	case len(a.Extents) > maxExtents || len(a.Checkpoints) > maxCheckpoints || len(a.Spans) > maxSpans:
+		return invalid("%d extents, %d checkpoints, %d spans are over %d, %d, %d",
+			len(a.Extents), len(a.Checkpoints), len(a.Spans), maxExtents, maxCheckpoints, maxSpans)
 	case a.Format == Tar && len(a.Checkpoints) > 0:
 		return invalid("checkpoints in a blob that is not compressed")
 	case a.Format == Chunked && (len(a.Extents) > 0 || len(a.Spans) > 0 || len(l.Skeleton) > 0):
@@ -191,6 +203,9 @@ func (l *Layer) checkSpans() error {
 
 // checkRanges checks ranges of a segment of the given size in bytes.
 func checkRanges(ranges []Range, segment int64) error {
+	if len(ranges) > maxRanges {
+		return invalid("%d ranges to be prefetched are over %d", len(ranges), maxRanges)
+	}
 	for i, r := range ranges {
 		if r.Off < 0 || r.Len < 1 || r.Off > segment-r.Len {
 			return invalid("range %d at %d, %d bytes, to be prefetched is not within a segment of %d", i, r.Off, r.Len, segment)

@@ -72,7 +72,7 @@ func DecodeLayer(b []byte) (*Layer, error) {
 	})
 	r.part(u, "extents", maxAccess, l.Access.readExtents)
 	r.part(u, "checkpoints", maxAccess, l.Access.readCheckpoints)
-	r.part(u, "pieces", maxAccess, l.Access.readPieces)
+	r.part(u, "pieces", maxAccess, func(p []byte) error { return l.Access.readPieces(p, len(l.Table.Chunks)) })
 	r.part(u, "spans", maxAccess, l.Access.readSpans)
 	r.part(u, "prefetch", maxMeta, func(p []byte) (err error) {
 		l.Prefetch, err = readRanges(p)
@@ -153,7 +153,7 @@ func appendExtents(b []byte, extents []Extent) []byte {
 
 func (a *Access) readExtents(p []byte) error {
 	r := reader{b: p}
-	n := r.limited("number of extents", int64(len(p)/3))
+	n := r.limited("number of extents", min(maxExtents, int64(len(p)/3)))
 	if n > 0 {
 		a.Extents = make([]Extent, n)
 	}
@@ -191,7 +191,7 @@ func appendCheckpoints(b []byte, points []Checkpoint) []byte {
 
 func (a *Access) readCheckpoints(p []byte) error {
 	r := reader{b: p}
-	n := r.limited("number of checkpoints", int64(len(p)/3))
+	n := r.limited("number of checkpoints", min(maxCheckpoints, int64(len(p)/3)))
 	if n > 0 {
 		a.Checkpoints = make([]Checkpoint, n)
 	}
@@ -226,9 +226,10 @@ func appendPieces(b []byte, pieces []Piece) []byte {
 	return b
 }
 
-func (a *Access) readPieces(p []byte) error {
+// readPieces reads at most as many pieces as there are chunks.
+func (a *Access) readPieces(p []byte, chunks int) error {
 	r := reader{b: p}
-	n := r.limited("number of pieces", int64(len(p)/5))
+	n := r.limited("number of pieces", int64(min(chunks, len(p)/5)))
 	if n > 0 {
 		a.Pieces = make([]Piece, n)
 	}
@@ -260,7 +261,7 @@ func appendSpans(b []byte, spans []Span) []byte {
 
 func (a *Access) readSpans(p []byte) error {
 	r := reader{b: p}
-	n := r.limited("number of spans", int64(len(p)/minChunk))
+	n := r.limited("number of spans", min(maxSpans, int64(len(p)/minChunk)))
 	if n > 0 {
 		a.Spans = make([]Span, n)
 	}
@@ -289,7 +290,7 @@ func appendRanges(b []byte, ranges []Range) []byte {
 func readRanges(p []byte) ([]Range, error) {
 	r := reader{b: p}
 	var ranges []Range
-	if n := r.limited("number of ranges", int64(len(p)/2)); n > 0 {
+	if n := r.limited("number of ranges", min(maxRanges, int64(len(p)/2))); n > 0 {
 		ranges = make([]Range, n)
 	}
 	end := int64(0)

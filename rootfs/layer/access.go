@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"math"
 	"slices"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
@@ -26,7 +27,16 @@ func RandomAccess(l *index.Layer) bool {
 		}
 		next = min(next, c.Out)
 	}
-	return true
+	return next <= dataStart(l.Access.Extents)
+}
+
+// dataStart is the tar offset of the first byte that a segment has of it.
+func dataStart(extents []index.Extent) int64 {
+	start := int64(math.MaxInt64)
+	for _, x := range extents {
+		start = min(start, x.Tar)
+	}
+	return start
 }
 
 // dataEnd is the tar offset behind the last byte that a segment has of it.

@@ -77,6 +77,9 @@ func prefetch(entries []index.Entry, profile []string) []index.Range {
 			out[n-1].Len = e.Off + e.Size - out[n-1].Off
 			continue
 		}
+		if len(out) == index.MaxPrefetch {
+			break // who lists more reads most of the layer
+		}
 		out = append(out, index.Range{Off: e.Off, Len: e.Size})
 	}
 	return out
