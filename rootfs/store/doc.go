@@ -112,7 +112,6 @@
 //	segments/<hex>.links   which chunks are read from other segments
 //	segments/<hex>.bits    which chunks of .data are there
 //	segments/<hex>.home    the bytes live in an image's .erofs instead
-//	segments/<hex>.poison  why the segment must not be read (Poison)
 //
 // # Locks
 //

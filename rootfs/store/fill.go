@@ -22,9 +22,6 @@ func (h *handle) fill(ctx context.Context) error {
 	eg.SetLimit(h.s.cfg.FillParallel)
 	for i := range h.views {
 		v := &h.views[i]
-		if err := v.seg.usable(); err != nil {
-			return fmt.Errorf("fill %s: %w", h.what, err)
-		}
 		v.seg.checkLinks()
 		for from, to := 0, 0; from < len(v.seg.table.Chunks) && running.Err() == nil; from = to {
 			to = v.seg.runFrom(from, fillRun)
@@ -78,9 +75,6 @@ func (g *segment) allPresent(from, to int) bool {
 // those that others are fetching. With kept it fails when they cannot be kept.
 func (v *view) fetch(ctx context.Context, from, to int, limit int64, kept bool) error {
 	g := v.seg
-	if err := g.usable(); err != nil {
-		return err
-	}
 	for tries := 1; ; tries++ {
 		r := &read{done: make(chan struct{}), tries: tries}
 		g.mu.Lock()

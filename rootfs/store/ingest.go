@@ -68,8 +68,7 @@ func (n *Ingest) WriteZeros(count int64) error {
 // id. It can be read at once; it survives a crash a little later, when its data
 // has been synced in the background or at Close. When that sync fails, the bytes
 // are absent again. When the store has the segment
-// completely already, the new bytes are dropped. It fails with ErrDataLoss when
-// the segment is poisoned. Bytes are not compared with the
+// completely already, the new bytes are dropped. Bytes are not compared with the
 // digests: the caller has just computed these from them.
 func (n *Ingest) Commit(t *index.Table) (index.ID, error) {
 	if n.f == nil {
@@ -100,11 +99,7 @@ func (n *Ingest) commit(t *index.Table) (index.ID, error) {
 	if err != nil {
 		return "", err
 	}
-	err = g.usable()
-	if err == nil {
-		err = n.takeOver(g)
-	}
-	if err != nil {
+	if err := n.takeOver(g); err != nil {
 		n.s.unuseSegment(g)
 		return "", err
 	}

@@ -38,7 +38,6 @@ const (
 	bitsFile   = ".bits"
 	homeFile   = ".home"
 	linksFile  = ".links"
-	poisonFile = ".poison"
 )
 
 func (l layout) make() error {

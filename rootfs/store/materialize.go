@@ -93,9 +93,6 @@ func (g *segment) copyTo(f *os.File, off int64) error {
 func (g *segment) copyOnce(f *os.File, off int64) error {
 	g.flush()
 	g.checkLinks()
-	if err := g.usable(); err != nil {
-		return err
-	}
 	if n := g.missing.Load(); n > 0 {
 		return fmt.Errorf("segment %s: %d bytes are missing: %w", g.id, n, errdefs.ErrUnavailable)
 	}

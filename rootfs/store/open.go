@@ -101,11 +101,6 @@ func (s *Store) openSegment(id index.ID, t *index.Table) (*segment, error) {
 		return g, nil
 	}
 	g := newSegment(s, id, t)
-	if known, err := s.poisoned(id); err != nil {
-		return nil, fmt.Errorf("segment %s: %w", id, err)
-	} else if known != nil {
-		g.poison.Store(&known)
-	}
 	if s.cfg.Keep {
 		if err := g.openHome(); err != nil {
 			return nil, fmt.Errorf("segment %s: %w", id, err)

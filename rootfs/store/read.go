@@ -19,9 +19,6 @@ type view struct {
 // Hits take no lock and allocate nothing.
 func (v *view) readAt(ctx context.Context, p []byte, off int64) error {
 	g := v.seg
-	if err := g.usable(); err != nil {
-		return err
-	}
 	end := off + int64(len(p))
 	epoch := g.epoch.Load() // before the bits
 	if !g.present(off, end) {

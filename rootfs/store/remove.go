@@ -95,7 +95,7 @@ func (s *Store) removeSegment(id index.ID) error {
 	}
 	delete(s.ingested, id)
 	return remove(s.dir.segment(id, bitsFile), s.dir.segment(id, homeFile), s.dir.segment(id, dataFile),
-		s.dir.segment(id, linksFile), s.dir.segment(id, tableFile), s.dir.segment(id, poisonFile))
+		s.dir.segment(id, linksFile), s.dir.segment(id, tableFile))
 }
 
 // used returns the segments that something other than the given image needs, not

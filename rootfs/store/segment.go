@@ -28,7 +28,6 @@ type segment struct {
 	links    atomic.Pointer[links] // which chunks are elsewhere; nil when none ever was
 	relinked atomic.Bool           // links were changed since they were written
 	dirty    atomic.Bool           // bits were set since the last flush
-	poison   atomic.Pointer[error] // why it must not be read, nil in general
 	epoch    atomic.Int64          // how often present bytes went or moved to a link; changes with mu held
 	failed   atomic.Int64          // how often a sync failed; changes with mu held
 	flushMu  sync.Mutex            // one flush, or one change of home, at a time
