@@ -314,5 +314,5 @@ func (b *builder) prefetch() {
 			out = append(out, r)
 		}
 	}
-	b.layer.Prefetch = out
+	b.layer.Prefetch = out[:min(len(out), index.MaxPrefetch)]
 }
