@@ -157,7 +157,7 @@ func auditSegment(ctx context.Context, l *index.Layer, segment io.ReaderAt) erro
 	switch {
 	case errdefs.IsDataLoss(err) || errdefs.IsInvalidArgument(err):
 		return fmt.Errorf("layer %s does not unpack to diffID %s, as its index and the image's config say (%s); publish the index again: %w",
-			l.Blob, l.DiffID, err, errdefs.ErrDataLoss)
+			l.Blob, l.DiffID, err.Error(), errdefs.ErrDataLoss)
 	case err != nil:
 		return err
 	case !sameEntries(made.Entries, l.Entries):
