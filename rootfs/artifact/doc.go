@@ -3,9 +3,9 @@
 // (image-spec, "Guidelines for Artifact Usage").
 //
 // A publisher's artifact has one layer file (package index) for each distinct
-// layer of the image, annotated with the layer that it is of. It needs no
-// bootstrap: that follows from the layer files. The same layers give the same
-// artifact, byte for byte, on any machine.
+// layer of the image, annotated with the layer that it is of; layers without
+// random access have none. It needs no bootstrap: that follows from the layer
+// files. The same layers give the same artifact, byte for byte, on any machine.
 //
 // It is found in one of two ways:
 //

@@ -23,7 +23,7 @@ import (
 func sparseTar(t *testing.T, args ...string) []byte {
 	t.Helper()
 	if _, err := exec.LookPath("tar"); err != nil {
-		t.Skip("no tar")
+		t.Skip("needs GNU tar: ", err)
 	}
 	dir := t.TempDir()
 	for name, holes := range map[string]int{"few": 2, "many": 60} {
