@@ -148,4 +148,3 @@ func aborted(t *testing.T) *os.File {
 	t.Cleanup(func() { _ = f.Close() })
 	return f
 }
-
