@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"text/template"
 )
@@ -17,6 +18,7 @@ type setup struct {
 	Handlers    []handler // beside "runc"
 	Lines       string    // more for the images of CRI
 	Transfer    bool      // containerd 2: CRI pulls by the transfer service
+	Platform    string    // of the machine
 }
 
 // proxy is a proxy plugin.
@@ -57,7 +59,16 @@ snapshotter = "{{.Snapshotter}}"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{{.Name}}]
 runtime_type = "io.containerd.runc.v2"
 snapshotter = "{{.Snapshotter}}"
-{{end}}{{range .Proxies}}
+{{end}}
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "{{.Platform}}"
+snapshotter = "overlayfs"
+differ = "walking"
+{{range .Proxies}}
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "{{$.Platform}}"
+snapshotter = "{{.Name}}"
+differ = "walking"
 [proxy_plugins.{{.Name}}]
 type = "snapshot"
 address = "{{.Socket}}"
@@ -93,7 +104,7 @@ address = "{{.Socket}}"
 // containerd starts the node's containerd and waits until CRI answers.
 func (n *node) containerd(t *testing.T, s setup) *daemon {
 	t.Helper()
-	s.Node, n.snapshots = n.dir, s.Snapshotter
+	s.Node, s.Platform = n.dir, "linux/"+runtime.GOARCH
 	var config bytes.Buffer
 	if err := configs[n.rel.major].Execute(&config, s); err != nil {
 		t.Fatal(err)
@@ -107,7 +118,7 @@ func (n *node) containerd(t *testing.T, s setup) *daemon {
 // restartContainerd starts containerd with the configuration that it had.
 func (n *node) restartContainerd(t *testing.T) *daemon {
 	t.Helper()
-	d := n.start(t, "containerd", filepath.Join(n.rel.programs, "containerd"), "--config", filepath.Join(n.dir, "containerd.toml"))
+	d := n.start(t, "containerd", nil, nil, filepath.Join(n.rel.programs, "containerd"), "--config", filepath.Join(n.dir, "containerd.toml"))
 	until(t, func() error {
 		if err := d.alive(); err != nil {
 			t.Fatal(err)

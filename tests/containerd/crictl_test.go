@@ -28,16 +28,25 @@ func (n *node) pod(t *testing.T, name, handler string) string {
 	if handler != "" {
 		args = append(args, "--runtime", handler)
 	}
-	return n.crictl(t, append(args, n.podConfig(t, name))...)
+	return n.crictl(t, append(args, n.podConfig(t, name, handler))...)
+}
+
+// pullFor pulls an image for the pods of a handler, as kubelet does.
+func (n *node) pullFor(t *testing.T, ref, handler string) {
+	t.Helper()
+	n.crictl(t, "pull", "--pod-config", n.podConfig(t, "pull", handler), ref)
 }
 
 // hostNetwork is NamespaceMode NODE of CRI's API.
 const hostNetwork = 2
 
-// podConfig writes a PodSandboxConfig and returns its path.
-func (n *node) podConfig(t *testing.T, name string) string {
+// podConfig writes a PodSandboxConfig and returns its path. crictl has no flag for
+// the handler of a pull; containerd takes it from an annotation as well
+// (internal/cri/server/images/image_pull.go, snapshotterFromPodSandboxConfig).
+func (n *node) podConfig(t *testing.T, name, handler string) string {
 	t.Helper()
 	return n.writeJSON(t, "pod-"+name, map[string]any{
+		"annotations":   map[string]string{"io.containerd.cri.runtime-handler": handler},
 		"metadata":      map[string]any{"name": name, "uid": name, "namespace": "tests"},
 		"log_directory": n.dir,
 		"linux": map[string]any{
@@ -56,7 +65,18 @@ type container struct {
 
 // create creates a container in a pod and starts it; it returns its id. The
 // image is there already.
-func (n *node) create(t *testing.T, pod, podName string, c container) string {
+func (n *node) create(t *testing.T, pod string, c container) string {
+	t.Helper()
+	id, err := n.tryCreate(t, pod, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.crictl(t, "start", id)
+	return id
+}
+
+// tryCreate only creates the container.
+func (n *node) tryCreate(t *testing.T, pod string, c container) (id string, err error) {
 	t.Helper()
 	config := map[string]any{
 		"metadata": map[string]any{"name": c.name},
@@ -65,9 +85,8 @@ func (n *node) create(t *testing.T, pod, podName string, c container) string {
 		"log_path": c.name + ".out",
 		"linux":    map[string]any{"security_context": map[string]any{"run_as_username": c.user}},
 	}
-	id := n.crictl(t, "create", "--no-pull", pod, n.writeJSON(t, "container-"+c.name, config), n.podConfig(t, podName))
-	n.crictl(t, "start", id)
-	return id
+	id, err = n.try(t, n.crictlArgs("create", "--no-pull", pod, n.writeJSON(t, "container-"+c.name, config), n.podConfig(t, c.name, ""))...)
+	return strings.TrimSpace(id), err
 }
 
 // exec runs a command in a container of CRI and returns the line that it writes;

@@ -25,7 +25,7 @@ type image struct {
 	layers    []blob // lowest first
 }
 
-// userOf is who the images' named user is.
+// These are who the images' named user is.
 const (
 	userName = "tatami"
 	userID   = 4711
@@ -107,6 +107,20 @@ func gzipped(t *testing.T, entries ...registrytest.Entry) registrytest.Layer {
 	return l
 }
 
+// eStargz makes a layer of entries that can be read at any place.
+func eStargz(t *testing.T, entries ...registrytest.Entry) registrytest.Layer {
+	t.Helper()
+	tar, err := registrytest.Tar(entries...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := registrytest.EStargz(tar)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
 // pushPause pushes the image of sandboxes and returns its reference.
 func (r *registry) pushPause(t *testing.T) string {
 	t.Helper()
@@ -120,11 +134,12 @@ const (
 	largeSize = 24 << 20
 )
 
-// pushApp pushes an image of two layers, the upper one large.
+// pushApp pushes an image of two layers, the upper one large and with a table of
+// contents: preparing it fetches next to nothing. Its user is a named one.
 func (r *registry) pushApp(t *testing.T, repo string, seed uint64) image {
 	t.Helper()
 	config := ocispec.ImageConfig{Cmd: []string{"/bin/sleep", "1000000"}, Env: []string{"PATH=/bin"}, User: userName}
-	return r.pushImage(t, repo, config, gzipped(t, tools(t)...), gzipped(t,
+	return r.pushImage(t, repo, config, gzipped(t, tools(t)...), eStargz(t,
 		registrytest.Dir("data", 0o755),
 		registrytest.File("data/large", 0o644, noise(seed, largeSize)),
 		registrytest.File("data/greeting", 0o644, greeting+"\n"),

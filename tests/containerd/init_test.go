@@ -18,8 +18,8 @@ import (
 // initEnv makes the test binary the first process of a node.
 const initEnv = "TATAMI_TEST_NODE_INIT"
 
-// nodeInit is process 1 of a node's PID namespace. It gives the node a /proc, an
-// empty /run and mounts that nobody else sees, reaps, and ends with its standard
+// nodeInit is process 1 of a node's PID namespace. It gives the node a /proc,
+// empty /run and /opt, and mounts that nobody else sees, reaps, and ends with its standard
 // input. With it the kernel ends all processes of the node, and with those go
 // its mounts.
 func nodeInit() int {
@@ -48,8 +48,10 @@ func nodeMounts() error {
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		return fmt.Errorf("mount /proc: %w", err)
 	}
-	if err := unix.Mount("run", "/run", "tmpfs", 0, "mode=755"); err != nil {
-		return fmt.Errorf("mount /run: %w", err)
+	for _, dir := range []string{"/run", "/opt"} {
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
+			return fmt.Errorf("mount %s: %w", dir, err)
+		}
 	}
 	return nil
 }

@@ -23,8 +23,8 @@ type node struct {
 	pid    int    // of its process 1
 	cgroup string // all control groups of the node are below this one
 
-	rel       release
-	snapshots string // default snapshotter of CRI
+	rel     release
+	manager *manager // of tatami-host; nil before its first start
 }
 
 // newNode starts a node without any daemon.
@@ -102,8 +102,9 @@ type daemon struct {
 	ended chan struct{} // closed
 }
 
-// start starts a daemon whose log is <dir>/<name>.log; it is appended to.
-func (n *node) start(t *testing.T, name string, args ...string) *daemon {
+// start starts a daemon whose log is <dir>/<name>.log; it is appended to. The
+// files become its descriptors from 3 on, as sd_listen_fds(3) has it.
+func (n *node) start(t *testing.T, name string, env []string, files []*os.File, args ...string) *daemon {
 	t.Helper()
 	log, err := os.OpenFile(filepath.Join(n.dir, name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -111,8 +112,9 @@ func (n *node) start(t *testing.T, name string, args ...string) *daemon {
 	}
 	defer log.Close()
 	d := &daemon{n, name, make(chan struct{})}
-	cmd := n.command(context.Background(), append([]string{"sh", "-c", `echo $$ >"$0" && exec "$@"`, d.pidFile()}, args...)...)
+	cmd := n.command(context.Background(), append([]string{"sh", "-c", `echo $$ >"$0" && export LISTEN_PID=$$ && exec "$@"`, d.pidFile()}, args...)...)
 	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Env, cmd.ExtraFiles = append(cmd.Env, env...), files
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -127,14 +129,20 @@ func (n *node) start(t *testing.T, name string, args ...string) *daemon {
 
 func (d *daemon) pidFile() string { return filepath.Join(d.n.dir, d.name+".pid") }
 
-func (d *daemon) signal(sig syscall.Signal) error {
+// process returns the daemon's process id, as the node's processes see it.
+func (d *daemon) process() (string, error) {
 	pid, err := os.ReadFile(d.pidFile())
+	return strings.TrimSpace(string(pid)), err
+}
+
+func (d *daemon) signal(sig syscall.Signal) error {
+	pid, err := d.process()
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	return d.n.command(ctx, "sh", "-c", `kill -"$0" "$1"`, strconv.Itoa(int(sig)), strings.TrimSpace(string(pid))).Run()
+	return d.n.command(ctx, "sh", "-c", `kill -"$0" "$1"`, strconv.Itoa(int(sig)), pid).Run()
 }
 
 // end sends a signal and waits until the daemon is gone.

@@ -26,7 +26,7 @@ func (n *node) criLife(t *testing.T, app image, handler string) {
 	t.Helper()
 	n.crictl(t, "pull", app.ref)
 	pod := n.pod(t, "life", handler)
-	id := n.create(t, pod, "life", container{name: "life", image: app.ref})
+	id := n.create(t, pod, container{name: "life", image: app.ref})
 	if got := n.exec(t, id, "cat", "/data/greeting"); got != greeting {
 		t.Errorf("the container reads %q, want %q", got, greeting)
 	}
