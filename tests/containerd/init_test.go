@@ -1,6 +1,7 @@
 package containerd
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -56,17 +57,51 @@ func nodeMounts() error {
 	return nil
 }
 
-// startInit starts process 1 of a node and returns its process id. The node ends
-// with the test, or with the test's process, whatever ends that.
-func startInit(t *testing.T) int {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(self)
+// keeperEnv makes the test binary the keeper of a node; its value is the name of
+// the node's control groups.
+const keeperEnv = "TATAMI_TEST_NODE_KEEPER"
+
+// nodeKeeper starts process 1 of a node, says its process id, and removes the
+// node's control groups when it has ended. That is when the standard input of
+// both ends: also when the test was killed.
+func nodeKeeper() int {
+	signal.Ignore(syscall.SIGINT, syscall.SIGTERM) // what ends the test ends the input
+	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), initEnv+"=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID}
+	cmd.Stdin, cmd.Stderr = os.Stdin, os.Stderr
+	err := keep(cmd)
+	if err2 := removeCgroups(os.Getenv(keeperEnv)); err == nil {
+		err = err2
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "node:", err)
+		return 1
+	}
+	return 0
+}
+
+func keep(cmd *exec.Cmd) error {
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(out, make([]byte, len("ready\n"))); err != nil {
+		return errors.Join(fmt.Errorf("process 1 is not ready: %w", err), cmd.Wait())
+	}
+	fmt.Println(cmd.Process.Pid)
+	return cmd.Wait()
+}
+
+// startInit starts process 1 of a node and returns its process id. The node ends
+// with the test, or with the test's process, whatever ends that.
+func startInit(t *testing.T, cgroup string) (pid int) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), keeperEnv+"="+cgroup)
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -81,51 +116,53 @@ func startInit(t *testing.T) int {
 	}
 	t.Cleanup(func() {
 		in.Close()
-		_ = cmd.Wait() // its exit code says nothing of the test
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("end of the node: %v", err)
+		}
 	})
-	answer := make([]byte, 6)
-	if _, err := io.ReadFull(out, answer); err != nil || string(answer) != "ready\n" {
-		t.Fatalf("process 1 of the node: %q, %v", answer, err)
+	if _, err := fmt.Fscanln(out, &pid); err != nil {
+		t.Fatalf("process 1 of the node: %v", err)
 	}
-	return cmd.Process.Pid
+	return pid
 }
 
 // removeCgroups removes the control groups under name in every hierarchy. Their
 // processes are dead.
-func removeCgroups(t *testing.T, name string) {
-	t.Helper()
+func removeCgroups(name string) error {
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	for line := range strings.Lines(string(mounts)) {
 		if f := strings.Fields(line); len(f) > 2 && strings.HasPrefix(f[2], "cgroup") {
-			removeCgroup(t, f[1]+"/"+name)
+			err = errors.Join(err, removeCgroup(f[1]+"/"+name))
 		}
 	}
+	return err
 }
 
 // removeCgroup removes a group with those below it. A group whose processes
 // were killed just now is busy until the kernel is done with them.
-func removeCgroup(t *testing.T, dir string) {
-	t.Helper()
+func removeCgroup(dir string) error {
 	entries, err := os.ReadDir(dir)
-	if os.IsNotExist(err) {
-		return
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
 	}
 	for _, e := range entries {
 		if e.IsDir() {
-			removeCgroup(t, dir+"/"+e.Name())
+			err = errors.Join(err, removeCgroup(dir+"/"+e.Name()))
 		}
+	}
+	if err != nil {
+		return err
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		err := unix.Rmdir(dir)
-		if err == nil || err == unix.ENOENT {
-			return
+		if err == nil || errors.Is(err, unix.ENOENT) {
+			return nil
 		}
 		if time.Now().After(deadline) {
-			t.Errorf("remove control group %s: %v", dir, err)
-			return
+			return fmt.Errorf("remove control group %s: %w", dir, err)
 		}
 	}
 }

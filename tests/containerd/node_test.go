@@ -36,8 +36,7 @@ func newNode(t *testing.T, rel release) *node {
 	}
 	n := &node{dir: t.TempDir(), rel: rel}
 	n.cgroup = "tatami-" + filepath.Base(filepath.Dir(n.dir)) + "-" + filepath.Base(n.dir) // names the test
-	t.Cleanup(func() { removeCgroups(t, n.cgroup) })
-	n.pid = startInit(t)
+	n.pid = startInit(t, n.cgroup)
 	t.Cleanup(func() { n.report(t) })
 	return n
 }
