@@ -173,15 +173,16 @@ func (b *sandbox) add(c container) error {
 // remove gives back what a container held.
 func (b *sandbox) remove(id string) {
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	c, ok := b.containers[id]
-	if !ok {
-		return
+	if ok {
+		delete(b.containers, id)
+		b.regrant()
+		b.s.notes.dropContainer(b.id, id)
 	}
-	delete(b.containers, id)
-	b.regrant()
-	c.lease.Close()
-	b.s.notes.dropContainer(b.id, id)
+	b.mu.Unlock()
+	if ok {
+		c.lease.Close()
+	}
 }
 
 // regrant lets the relay serve the images of all containers. Precondition: b.mu
