@@ -2,6 +2,7 @@ package mounts
 
 import (
 	"context"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -27,7 +28,14 @@ func (m *Mounts) Usage(ctx context.Context, c snapshotter.Chain) (int64, error) 
 	return m.cfg.Node.LayerUsage(ctx, c.Reference, c.Manifest, c.Layers-1)
 }
 
+// drainGrace is how long an image that was just unmounted may take to be closed
+// by the kernel, before it counts as used.
+const drainGrace = 2 * time.Second
+
 // Remove implements snapshotter.Images.
-func (m *Mounts) Remove(_ context.Context, manifest digest.Digest) error {
+func (m *Mounts) Remove(ctx context.Context, manifest digest.Digest) error {
+	ctx, cancel := context.WithTimeout(ctx, drainGrace)
+	defer cancel()
+	_ = m.cfg.Mounter.Drain(ctx, manifest) // if it is still in use, the node says so
 	return m.cfg.Node.Remove(manifest)
 }
