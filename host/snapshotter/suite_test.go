@@ -41,7 +41,8 @@ func TestSuite(t *testing.T) {
 	for _, mode := range []Mode{Full, Share} {
 		t.Run(string(mode), func(t *testing.T) {
 			images := newDirImages(t, t.TempDir())
-			testsuite.SnapshotterSuite(t, "tatami", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+			// The name of what overlayfs cannot do: rename a directory of a lower.
+			testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 				s, err := Open(ctx, Config{Root: root, Name: "tatami", Mode: mode, Fallback: []Mode{Full}, Images: images})
 				if err != nil {
 					return nil, nil, err
