@@ -53,6 +53,9 @@ func Open(ctx context.Context, cfg Config) (_ *Snapshotter, err error) {
 	if cfg.step == nil {
 		cfg.step = func(string) {}
 	}
+	if cfg.lockWait == 0 {
+		cfg.lockWait = lockWait
+	}
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
@@ -111,7 +114,7 @@ func (s *Snapshotter) openState(ctx context.Context) (err error) {
 		s.owners.step = s.cfg.step
 	}
 	s.meta, err = storage.NewMetaStore(filepath.Join(s.cfg.Root, "metadata.db"), func(o *bolt.Options) error {
-		o.Timeout = lockWait // else a second process would wait for ever
+		o.Timeout = s.cfg.lockWait // else a second process would wait for ever
 		return nil
 	})
 	if err != nil {
