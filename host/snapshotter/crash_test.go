@@ -48,9 +48,9 @@ var life = []operation{
 		}},
 	{"commit", "unpacked", unpackKey, []string{"committing", "committed"},
 		func(ctx context.Context, g *rig, _ string) error { return g.Commit(ctx, "unpacked", unpackKey) }},
-	{"stop", "", "c", []string{"removing", "removed", "directory removed", "let go"},
+	{"stop", "", "c", []string{"removing", "removed", "put aside", "directory removed", "let go"},
 		func(ctx context.Context, g *rig, _ string) error { return g.Remove(ctx, "c") }},
-	{"discard", "", "unpacked", []string{"removing", "removed", "directory removed"},
+	{"discard", "", "unpacked", []string{"removing", "removed", "put aside", "directory removed"},
 		func(ctx context.Context, g *rig, _ string) error { return g.Remove(ctx, "unpacked") }},
 	{"forget", "", "layer", []string{"removing", "removed", "let go", "unmarked", "given up"},
 		func(ctx context.Context, g *rig, layer string) error { return g.Remove(ctx, layer) }},
@@ -180,8 +180,9 @@ func (g *rig) keys(t testing.TB) (keys []string) {
 func (g *rig) checkOrder(t *testing.T) {
 	t.Helper()
 	var dirs, holders, images []string
-	err := g.walk(t.Context(), func(ctx context.Context, info snapshots.Info, r record) error {
-		id, _, _, err := storage.GetInfo(ctx, info.Name)
+	err := g.walk(t.Context(), func(ctx context.Context, info snapshots.Info, r record) (err error) {
+		var id string
+		err = g.view(ctx, func(ctx context.Context) error { id, _, _, err = storage.GetInfo(ctx, info.Name); return err })
 		if remote := info.Kind == snapshots.KindCommitted && r.remote(); remote {
 			images = append(images, r.chain.Manifest.Encoded())
 		} else {

@@ -249,6 +249,18 @@ func TestForgedTarget(t *testing.T) {
 	}
 }
 
+// Containers on layers that were pulled when another mode was set.
+func TestModeChanged(t *testing.T) {
+	g := newRig(t, Guest)
+	p := g.pull(t, "k8s.io", ref, g.images.publish(t, "", tree{"a": "1"}))
+	g.cfg.Mode = Full
+	g.restart(t)
+	if mounts := must(g.Prepare(t.Context(), "c", p.top()))(t); mounts[0].Type != "overlay" || g.entry(t, "c").Mode != Share {
+		t.Errorf("%+v, %+v", mounts, g.entry(t, "c"))
+	}
+	g.removeAll(t, "c", p.top())
+}
+
 func TestModeLabel(t *testing.T) {
 	g := newRig(t, Guest, func(c *Config) { c.Allow = []Mode{Share} })
 	p := g.pull(t, "k8s.io", ref, g.images.publish(t, "", tree{"a": "1"}))

@@ -36,6 +36,11 @@ type Snapshotter struct {
 	mkfs    string   // path of mkfs.ext4; "" when it is not needed
 	overlay []string // options of every overlay mount
 
+	// links is held while a link in a snapshot's directory is replaced, with
+	// the record looked at, and while the directory of one without a record is
+	// put aside.
+	links sync.Mutex
+
 	mu     sync.Mutex
 	drafts map[string]bool // tokens of snapshots being made; protected by mu
 }
