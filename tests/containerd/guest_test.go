@@ -29,7 +29,7 @@ func TestMountHelper(t *testing.T) {
 			if got, want := n.exec(t, id, "id", "-u"), fmt.Sprint(userID); got != want {
 				t.Errorf("the container runs as %s, want %s", got, want)
 			}
-			checkLazy(t, n, reg, app)
+			n.checkLazy(t, reg, app)
 			n.removePod(t, pod)
 		})
 	}

@@ -20,8 +20,11 @@ const patience = time.Minute
 var bin string
 
 func TestMain(m *testing.M) {
-	if os.Getenv(initEnv) != "" {
+	switch {
+	case os.Getenv(initEnv) != "":
 		os.Exit(nodeInit())
+	case os.Getenv(keeperEnv) != "":
+		os.Exit(nodeKeeper())
 	}
 	os.Exit(func() int {
 		if os.Geteuid() != 0 {

@@ -20,9 +20,8 @@ echo failed >/progress`
 func TestRestarts(t *testing.T) {
 	for _, w := range []way{ways[0], ways[2]} {
 		t.Run(w.name, func(t *testing.T) {
-			reg := startRegistry(t)
-			app := reg.pushApp(t, "app", 1)
-			n, ctd, host := shareNode(t, w, reg)
+			n := newRig(t, w)
+			app := n.reg.pushApp(t, "app", 1)
 			n.crictl(t, "pull", app.ref)
 			pod := n.pod(t, "reader", "")
 			id := n.create(t, pod, container{name: "reader", image: app.ref, user: "root", command: []string{"sh", "-c", reader}})
@@ -33,26 +32,26 @@ func TestRestarts(t *testing.T) {
 				})
 			}
 			step("containerd", func(t *testing.T) {
-				ctd.end(t, syscall.SIGTERM)
-				ctd = n.restartContainerd(t)
+				n.containerd.end(t, syscall.SIGTERM)
+				n.containerd = n.restartContainerd(t)
 			})
 			step("containerd killed", func(t *testing.T) {
-				ctd.end(t, syscall.SIGKILL)
-				ctd = n.restartContainerd(t)
+				n.containerd.end(t, syscall.SIGKILL)
+				n.containerd = n.restartContainerd(t)
 			})
-			step("worker killed", func(t *testing.T) { n.run(t, "pkill", "-KILL", "-P", n.hostProcess(t, host)) })
+			step("worker killed", func(t *testing.T) { n.run(t, "pkill", "-KILL", "-P", n.hostProcess(t, n.host)) })
 			step("upgrade", func(t *testing.T) {
-				if err := host.signal(syscall.SIGHUP); err != nil {
+				if err := n.host.signal(syscall.SIGHUP); err != nil {
 					t.Fatal(err)
 				}
 			})
 			step("tatami-host", func(t *testing.T) {
-				host.end(t, syscall.SIGTERM)
-				host = n.restartHost(t)
+				n.host.end(t, syscall.SIGTERM)
+				n.host = n.restartHost(t)
 			})
 			step("tatami-host killed", func(t *testing.T) {
-				host.end(t, syscall.SIGKILL)
-				host = n.restartHost(t)
+				n.host.end(t, syscall.SIGKILL)
+				n.host = n.restartHost(t)
 			})
 			if got, want := n.exec(t, id, "sha256sum", "/data/large"), largeSum(1); got != want {
 				t.Errorf("large file: %s, want %s", got, want)

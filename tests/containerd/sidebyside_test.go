@@ -2,7 +2,6 @@ package containerd
 
 import (
 	"errors"
-	"fmt"
 	"strings"
 	"testing"
 )
@@ -70,7 +69,7 @@ func TestSideBySide(t *testing.T) {
 			t.Run("lazy first", func(t *testing.T) {
 				n.pullFor(t, second.ref, "lazy")
 				n.runs(t, lazy, "lazy-second", second)
-				checkLazy(t, n, reg, second)
+				n.checkLazy(t, reg, second)
 				// Nobody has fetched the layers for another snapshotter, and
 				// creating a container does not.
 				_, err := n.tryCreate(t, plain, container{name: "too-early", image: second.ref})
@@ -99,14 +98,4 @@ func (n *node) runs(t *testing.T, pod, name string, app image) {
 	if got := n.exec(t, id, "cat", "/data/greeting"); got != greeting {
 		t.Errorf("%s reads %q, want %q", name, got, greeting)
 	}
-}
-
-// onlyPause is an error when a snapshotter has more than the one layer of the
-// sandbox's image.
-func (n *node) onlyPause(t *testing.T, snapshotter string) error {
-	t.Helper()
-	if keys := n.snapshotKeys(t, "k8s.io", snapshotter); len(keys) != 1 {
-		return fmt.Errorf("%s has snapshots %v, want one", snapshotter, keys)
-	}
-	return nil
 }
