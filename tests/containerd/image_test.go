@@ -1,12 +1,14 @@
 package containerd
 
 import (
+	"compress/gzip"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"runtime"
 	"testing"
 
+	"github.com/containerd/stargz-snapshotter/estargz"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/tests/ocilayout"
@@ -114,7 +116,7 @@ func eStargz(t *testing.T, entries ...registrytest.Entry) registrytest.Layer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := registrytest.EStargz(tar)
+	l, err := registrytest.EStargz(tar, estargz.WithCompressionLevel(gzip.BestSpeed))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +133,7 @@ func (r *registry) pushPause(t *testing.T) string {
 // What the application's image has besides tools: a small file and a large one.
 const (
 	greeting  = "read from the image"
-	largeSize = 24 << 20
+	largeSize = 8 << 20
 )
 
 // pushApp pushes an image of two layers, the upper one large and with a table of

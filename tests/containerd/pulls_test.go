@@ -79,6 +79,7 @@ func (r *rig) testFallback(t *testing.T) {
 			registrytest.File("data/greeting", 0o644, greeting+"\n"), registrytest.File("../outside", 0o644, "x")))
 	r.criLife(t, odd, "")
 	r.crictl(t, "pull", odd.ref)
+	defer r.crictl(t, "rmi", odd.ref)
 	if !r.hasContent(t, "k8s.io", odd.layers[1]) {
 		t.Error("containerd has not fetched a layer that it had to unpack")
 	}
@@ -87,7 +88,6 @@ func (r *rig) testFallback(t *testing.T) {
 			t.Errorf("%s: %v", where, err)
 		}
 	}
-	r.crictl(t, "rmi", odd.ref)
 }
 
 // saysWhy looks for a line about an image's fallback that names the reason.

@@ -12,7 +12,7 @@ import (
 // reader reads another block of the large file every few milliseconds, counts
 // the blocks, and ends when a read fails.
 const reader = `i=0
-while dd if=/data/large of=/dev/null bs=4096 count=1 skip=$((i % 6144)) 2>/dev/null; do i=$((i + 1)); echo $i >/progress; done
+while dd if=/data/large of=/dev/null bs=4096 count=1 skip=$((i % 2048)) 2>/dev/null; do i=$((i + 1)); echo $i >/progress; done
 echo failed >/progress`
 
 // TestRestarts restarts and kills containerd and tatami-host under a container
