@@ -19,10 +19,12 @@ func TestMountHelper(t *testing.T) {
 			n.host(t, guest)
 			n.containerd(t, setup{Pause: reg.pushPause(t), Snapshotter: "guest", Proxies: []proxy{n.proxyOf("guest")}})
 			n.crictl(t, "pull", app.ref)
-			got := n.ctr(t, "--namespace", "k8s.io", "run", "--rm", "--snapshotter", "guest", "--user", userName,
-				"--cgroup", "/"+n.cgroup+"/ctr", app.ref, "user", "/bin/id", "-u")
-			if want := fmt.Sprint(userID); strings.TrimSpace(got) != want {
-				t.Errorf("the container runs as %q, want %s", got, want)
+			if n.rel.major > 1 { // `ctr run` of 1.6 cannot name a user
+				got := n.ctr(t, "--namespace", "k8s.io", "run", "--rm", "--snapshotter", "guest", "--user", userName,
+					"--cgroup", "/"+n.cgroup+"/ctr", app.ref, "user", "/bin/id", "-u")
+				if want := fmt.Sprint(userID); strings.TrimSpace(got) != want {
+					t.Errorf("the container runs as %q, want %s", got, want)
+				}
 			}
 			pod := n.pod(t, "guest", "")
 			id := n.create(t, pod, container{name: "guest", image: app.ref, user: userName})

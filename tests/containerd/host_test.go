@@ -40,7 +40,7 @@ func (n *node) settings() string { return filepath.Join(n.dir, "host.toml") }
 func (n *node) restartHost(t *testing.T) *daemon {
 	t.Helper()
 	env, files := n.manager.given()
-	d := n.start(t, "tatami-host", env, files, "/opt/tatami/bin/zz-proto", "--config", n.settings())
+	d := n.start(t, "tatami-host", env, files, "/opt/tatami/bin/tatami-host", "--config", n.settings())
 	until(t, func() error {
 		if err := d.alive(); err != nil {
 			t.Fatal(err)

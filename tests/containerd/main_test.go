@@ -54,7 +54,7 @@ func buildOurs() error {
 	ctx, cancel := context.WithTimeout(context.Background(), buildTime)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "go", "build", "-o", bin+string(filepath.Separator),
-		"./tools/cmd/tatami", "./host/cmd/...", "./guest/cmd/tatami-guest")
+		"./tools/cmd/tatami", "./host/cmd/...")
 	cmd.Dir = "../.."
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
