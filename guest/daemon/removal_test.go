@@ -113,21 +113,26 @@ func TestRemovedContainersHoldNothing(t *testing.T) {
 	}
 }
 
-// TestRemovedWithoutAWorker removes containers while nobody watches.
+// TestRemovedWithoutAWorker removes a container while nobody watches, and no
+// later change of mounts tells of it.
 func TestRemovedWithoutAWorker(t *testing.T) {
 	n := newNode(t)
-	img := n.pushSample("sample")
-	n.add("lazy", sampleRef, img, "host")
-	n.add("full", sampleRef, img, "host")
-	g := startGuest(t, n)
-	lazy, full := g.mustPull("lazy", sampleRef), g.mountFull("full")
-	if err := unix.Kill(g.workerPID(), unix.SIGKILL); err != nil {
-		t.Fatal(err)
+	n.add("c1", sampleRef, n.pushSample("sample"), "host")
+	for name, mount := range map[string]func(*guest) string{
+		"lazy": func(g *guest) string { return g.mustPull("c1", sampleRef) },
+		"full": func(g *guest) string { return g.mountFull("c1") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := startGuest(t, n)
+			root := mount(g)
+			if err := unix.Kill(g.workerPID(), unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			removeContainer(t, root)
+			g.connect()
+			g.awaitFree()
+		})
 	}
-	removeContainer(t, lazy)
-	removeContainer(t, full)
-	g.connect()
-	g.awaitFree()
 }
 
 // TestPullAgainAfterTheAgentUnmounted asks for a container again at once after
