@@ -50,7 +50,9 @@ func loadContainerd(t tree, file string, v version) (*containerd, []Finding) {
 	c.split = c.version.atLeast(2, 0)
 	findings := c.load(t, main)
 	findings = append(findings, c.checkSchema()...)
+	c.addDefault()
 	c.handlers = slices.Sorted(maps.Keys(c.set.table(c.runtimes()...)))
+	findings = append(findings, c.checkDefault()...)
 	return c, append(findings, c.checkDisabled()...)
 }
 
@@ -153,6 +155,38 @@ func splitPlugins(plugins table) {
 		}
 	}
 	delete(plugins, criPlugin)
+}
+
+// addDefault adds the handler that containerd has by itself
+// (DefaultRuntimeConfig of internal/cri/config/config_unix.go). In containerd 1.x
+// a table of handlers in a file replaces it.
+func (c *containerd) addDefault() {
+	keys := append(c.runtimes(), builtin)
+	there := c.set.table(c.runtimes()...)
+	if there[builtin] != nil || !c.split && there != nil {
+		return
+	}
+	t := c.set.root
+	for _, k := range keys {
+		t = subtable(t, k)
+	}
+	t["runtime_type"] = "io.containerd.runc.v2"
+}
+
+// builtin is containerd's handler for pods without a RuntimeClass, where
+// default_runtime_name does not name another.
+const builtin = "runc"
+
+// checkDefault looks for the handler of pods without a RuntimeClass.
+func (c *containerd) checkDefault() []Finding {
+	at := c.runtimes()
+	name := textOr(c.set.value(append(at[:len(at)-1:len(at)-1], "default_runtime_name")...), builtin)
+	keys := append(at, name)
+	if c.set.table(keys...) != nil {
+		return nil
+	}
+	return []Finding{{Severity: Error, File: c.place(at...), Add: []string{header(keys...), `runtime_type = "io.containerd.runc.v2"`},
+		What: fmt.Sprintf("pods without a RuntimeClass have no handler: the handlers in this file replace the built-in %q", name)}}
 }
 
 func asTable(v any) table {
