@@ -38,7 +38,7 @@ func (n *node) kernel(handlers []Handler) (string, []Finding) {
 	if slices.Contains(used, modeGuest) {
 		out = n.mountHelper()
 	}
-	release, err := n.files.read("/proc/sys/kernel/osrelease")
+	release, err := n.files.read("/proc/sys/kernel/osrelease", maxFile)
 	if err != nil {
 		return "", append(out, Finding{Severity: Note, What: "the node does not run: kernel, devices and sockets were not looked at"})
 	}
@@ -92,7 +92,7 @@ func (n *node) device(file, module, why string) []Finding {
 }
 
 func (n *node) hasFilesystem(name string) bool {
-	data, err := n.files.read("/proc/filesystems")
+	data, err := n.files.read("/proc/filesystems", maxFile)
 	if err != nil {
 		return false
 	}
@@ -110,6 +110,6 @@ func (n *node) hasModule(release, name string) bool {
 	if strings.ContainsAny(release, "/\x00") {
 		return false
 	}
-	data, err := n.files.read(path.Join("/lib/modules", release, "modules.dep"))
+	data, err := n.files.read(path.Join("/lib/modules", release, "modules.dep"), maxFile)
 	return err == nil && bytes.Contains(append([]byte("\n"), data...), []byte("/"+name+".ko"))
 }

@@ -13,21 +13,41 @@ import (
 // []any or map[string]any.
 type table = map[string]any
 
+// Bounds of a settings file.
+const (
+	maxSettings = 1 << 20 // bytes
+	maxDepth    = 32      // tables in tables; containerd's deepest has 6
+)
+
 // settings are tables of several files, merged, and which file each key is from.
 type settings struct {
 	root   table
 	files  []string
-	origin map[string]string // by joined key
+	origin origin
 }
 
-func newSettings() *settings { return &settings{root: table{}, origin: map[string]string{}} }
+// origin is the file that set a key last, and the same of the keys below it.
+type origin struct {
+	file string
+	sub  map[string]*origin
+}
 
-// joined is a key of origin.
-func joined(keys []string) string { return strings.Join(keys, "\x00") }
+func newSettings() *settings { return &settings{root: table{}} }
+
+// below returns the origin of a key, made when there is none.
+func (o *origin) below(key string) *origin {
+	if o.sub == nil {
+		o.sub = map[string]*origin{}
+	}
+	if o.sub[key] == nil {
+		o.sub[key] = &origin{}
+	}
+	return o.sub[key]
+}
 
 // parse decodes one file; the error has line and column.
 func (t tree) parse(file string) (table, error) {
-	text, err := t.read(file)
+	text, err := t.read(file, maxSettings)
 	if err != nil {
 		return nil, err
 	}
@@ -41,20 +61,33 @@ func (t tree) parse(file string) (table, error) {
 		}
 		return nil, fmt.Errorf("%s: %w: %w", file, err, errdefs.ErrInvalidArgument)
 	}
+	if deeper(out, maxDepth) {
+		return nil, fmt.Errorf("%s: tables are nested more than %d deep: %w", file, maxDepth, errdefs.ErrInvalidArgument)
+	}
 	return out, nil
+}
+
+// deeper says whether tables are nested more than n deep.
+func deeper(t table, n int) bool {
+	for _, v := range t {
+		if sub, ok := v.(table); ok && (n == 0 || deeper(sub, n-1)) {
+			return true
+		}
+	}
+	return false
 }
 
 // merge puts a file's tables over what is there: tables are merged, anything
 // else is replaced.
 func (s *settings) merge(file string, t table) {
 	s.files = append(s.files, file)
-	s.mergeAt(s.root, nil, file, t)
+	merge(s.root, &s.origin, file, t)
 }
 
-func (s *settings) mergeAt(into table, at []string, file string, from table) {
+func merge(into table, o *origin, file string, from table) {
 	for k, v := range from {
-		keys := append(at[:len(at):len(at)], k)
-		s.origin[joined(keys)] = file
+		below := o.below(k)
+		below.file = file
 		sub, ok := v.(table)
 		if !ok {
 			into[k] = v
@@ -65,7 +98,7 @@ func (s *settings) mergeAt(into table, at []string, file string, from table) {
 			old = table{}
 			into[k] = old
 		}
-		s.mergeAt(old, keys, file, sub)
+		merge(old, below, file, sub)
 	}
 }
 
@@ -100,7 +133,13 @@ func (s *settings) file(keys ...string) string {
 	if s.value(keys...) == nil {
 		return ""
 	}
-	return s.origin[joined(keys)]
+	o := &s.origin
+	for _, k := range keys {
+		if o = o.sub[k]; o == nil {
+			return "" // containerd's own
+		}
+	}
+	return o.file
 }
 
 // texts are the strings of an array.

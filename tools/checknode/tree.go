@@ -14,7 +14,7 @@ import (
 
 // Bounds of what is read of a node.
 const (
-	maxFile    = 4 << 20 // bytes of one file
+	maxFile    = 8 << 20 // bytes of a list of the kernel's
 	maxEntries = 4096    // of a directory
 	maxLinks   = 40      // on one path, as Linux has it (path_resolution(7))
 )
@@ -47,7 +47,7 @@ func local(p string) string {
 
 // resolve returns p without links.
 func (t tree) resolve(p string) (string, error) {
-	done, rest := "/", strings.Split(strings.Trim(path.Clean("/"+p), "/"), "/")
+	done, rest := "/", strings.Split(p, "/")
 	for links := 0; len(rest) > 0; {
 		next := path.Join(done, rest[0])
 		rest = rest[1:]
@@ -69,7 +69,7 @@ func (t tree) resolve(p string) (string, error) {
 		if path.IsAbs(target) {
 			done = "/"
 		}
-		rest = append(strings.Split(strings.Trim(target, "/"), "/"), rest...)
+		rest = append(strings.Split(target, "/"), rest...)
 	}
 	return done, nil
 }
@@ -100,8 +100,8 @@ func (t tree) exists(p string) bool {
 	return err == nil
 }
 
-// read reads a regular file of at most maxFile bytes.
-func (t tree) read(p string) ([]byte, error) {
+// read reads a regular file of at most limit bytes.
+func (t tree) read(p string, limit int64) ([]byte, error) {
 	r, err := t.resolve(p)
 	if err != nil {
 		return nil, err
@@ -118,12 +118,12 @@ func (t tree) read(p string) ([]byte, error) {
 		return nil, pathError(p, err)
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err != nil {
 		return nil, pathError(p, err)
 	}
-	if len(data) > maxFile {
-		return nil, fmt.Errorf("%s is longer than %d bytes: %w", p, maxFile, errdefs.ErrInvalidArgument)
+	if int64(len(data)) > limit {
+		return nil, fmt.Errorf("%s is longer than %d bytes: %w", p, limit, errdefs.ErrInvalidArgument)
 	}
 	return data, nil
 }
