@@ -107,7 +107,7 @@ func TestResolve(t *testing.T) {
 
 func TestRootMustBeThere(t *testing.T) {
 	file := filepath.Join(files{"f": ""}.write(t), "f")
-	for _, o := range []Options{{Root: "/no/such/root"}, {Root: file}, {Root: t.TempDir(), Containerd: "config.toml"}} {
+	for _, o := range []Options{{Root: "/no/such/root"}, {Root: file}, {Root: t.TempDir(), Containerd: "config.toml"}, {Root: t.TempDir(), Version: "two"}} {
 		if r, err := Check(t.Context(), o); err == nil {
 			t.Errorf("%+v: %+v", o, r)
 		}

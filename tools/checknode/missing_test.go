@@ -89,7 +89,7 @@ func TestMissing(t *testing.T) {
 		{"name of the extension", func(t *testing.T, f files) { sub(t, f, guestDrop, `name = "coco"`, `name = "tatami"`) },
 			"kata-tatami", Error, `is called "coco"`, "/" + guestDrop, `name = "coco"`},
 		{"file of the extension", func(t *testing.T, f files) { delete(f, "opt/tatami/share/tatami-guest-extension.img") },
-			"kata-tatami", Error, "tatami-guest-extension.img is not there", "/" + guestDrop, "tatami guest-image build --kind extension"},
+			"kata-tatami", Error, "tatami-guest-extension.img is not there", "/" + guestDrop, "tatami guest-image build --kind extension /opt/tatami/share/tatami-guest-extension.img"},
 		{"another extension", func(t *testing.T, f files) {
 			sub(t, f, guestDrop, "/opt/tatami/share/tatami-guest-extension.img", "/opt/kata/share/kata-containers/kata-containers.img")
 		}, "kata-tatami", Warning, "is tatami-guest in it?", "/" + guestDrop, `path = "/opt/tatami/share/tatami-guest-extension.img"`},

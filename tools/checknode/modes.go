@@ -76,7 +76,7 @@ func (k *kata) extension() []Finding {
 		out = append(out, Finding{Severity: Error, What: what, File: k.place(keys...), Add: []string{
 			"[" + header(keys...) + "]", fmt.Sprintf("name = %q", extension), fmt.Sprintf("path = %q", extensionFile), `verity_params = ""`}})
 	case !k.tree.exists(file):
-		out = append(out, Finding{Severity: Error, File: k.set.file(keys...), Add: []string{"tatami guest-image build --kind extension"},
+		out = append(out, Finding{Severity: Error, File: k.set.file(keys...), Add: []string{"tatami guest-image build --kind extension " + file},
 			What: fmt.Sprintf("the guest extension image %s is not there; build it", file)})
 	case !strings.Contains(path.Base(file), "tatami"):
 		out = append(out, Finding{Severity: Warning, File: k.place(keys...), Add: []string{fmt.Sprintf("path = %q", extensionFile)},

@@ -121,6 +121,11 @@ func Check(ctx context.Context, o Options) (*Report, error) {
 			return nil, fmt.Errorf("file %q: give an absolute path in the node: %w", p, errdefs.ErrInvalidArgument)
 		}
 	}
+	if o.Version != "" {
+		if _, err := parseVersion(o.Version); err != nil {
+			return nil, err
+		}
+	}
 	files, err := openTree(o.Root)
 	if err != nil {
 		return nil, err
@@ -134,10 +139,8 @@ func Check(ctx context.Context, o Options) (*Report, error) {
 
 func (n *node) check(ctx context.Context) *Report {
 	r := &Report{Findings: []Finding{}, Handlers: []Handler{}}
-	version, err := n.version(ctx)
-	if err != nil {
-		r.add(Finding{Severity: Error, What: err.Error()})
-	}
+	version, findings := n.version(ctx)
+	r.add(findings...)
 	cfg, findings := loadContainerd(n.files, n.opts.Containerd, version)
 	r.add(findings...)
 	r.Containerd = Containerd{Version: cfg.version.String(), Assumed: cfg.assumed, Schema: cfg.schema, Files: cfg.set.files}

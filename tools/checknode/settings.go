@@ -32,7 +32,7 @@ type origin struct {
 	sub  map[string]*origin
 }
 
-func newSettings() *settings { return &settings{root: table{}} }
+func newSettings() *settings { return &settings{root: table{}, files: []string{}} }
 
 // below returns the origin of a key, made when there is none.
 func (o *origin) below(key string) *origin {

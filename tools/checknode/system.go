@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -37,17 +36,24 @@ type running struct{}
 
 var _ system = running{}
 
+// programs are containerd: in the search path, or where k3s and RKE2 have it.
+var programs = []string{"containerd", "/var/lib/rancher/k3s/data/current/bin/containerd", "/var/lib/rancher/rke2/bin/containerd"}
+
 func (running) containerdVersion(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "containerd", "--version").Output()
-	if errors.Is(err, exec.ErrNotFound) {
-		return "", fmt.Errorf("containerd is not in the search path; give its version: %w", errdefs.ErrNotFound)
+	for _, p := range programs {
+		program, err := exec.LookPath(p)
+		if err != nil {
+			continue
+		}
+		out, err := exec.CommandContext(ctx, program, "--version").Output()
+		if err != nil {
+			return "", fmt.Errorf("ask %s for its version: %w", program, err)
+		}
+		return string(out), nil
 	}
-	if err != nil {
-		return "", fmt.Errorf("ask containerd for its version: %w", err)
-	}
-	return string(out), nil
+	return "", fmt.Errorf("containerd is not in the search path: %w", errdefs.ErrNotFound)
 }
 
 // snapshotter asks for the snapshot with no name. That there is none is an

@@ -139,3 +139,17 @@ func startHost(t *testing.T, root string) string {
 	t.Fatal("tatami-host does not answer")
 	return ""
 }
+
+// Without containerd's version, an old one is assumed, and the report says so.
+func TestUnknownVersion(t *testing.T) {
+	t.Setenv("PATH", t.TempDir())
+	files, err := openTree(installed(t).write(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := node{files: files, system: running{}, opts: Options{Containerd: ContainerdFile, Host: HostFile}}
+	r := n.check(t.Context())
+	if f := r.Findings[0]; f.Severity != Warning || !strings.Contains(f.What, "not in the search path") || !r.Containerd.Assumed {
+		t.Errorf("%+v, %+v", r.Containerd, f)
+	}
+}

@@ -59,13 +59,23 @@ func assume(schema int) version {
 
 // version is what the options say, else what the program does; zero where
 // nobody can be asked.
-func (n *node) version(ctx context.Context) (version, error) {
-	if n.opts.Version != "" {
-		return parseVersion(n.opts.Version)
-	}
-	if n.system == nil {
+func (n *node) version(ctx context.Context) (version, []Finding) {
+	if n.opts.Version == "" && n.system == nil {
 		return version{}, nil
 	}
+	v, err := parseVersion(n.opts.Version)
+	if n.opts.Version == "" {
+		v, err = n.ask(ctx)
+	}
+	if err != nil {
+		return version{}, []Finding{{Severity: Warning, What: "the version of containerd is not known, and an old one is assumed: " + err.Error(),
+			Add: []string{"tatami check node --containerd-version VERSION"}}}
+	}
+	return v, nil
+}
+
+// ask asks the program itself.
+func (n *node) ask(ctx context.Context) (version, error) {
 	line, err := n.system.containerdVersion(ctx)
 	if err != nil {
 		return version{}, err
