@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"maps"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -242,19 +243,15 @@ func header(keys ...string) string {
 	quoted := make([]string, len(keys))
 	for i, k := range keys {
 		quoted[i] = k
-		if !bare(k) {
+		if !bare.MatchString(k) {
 			quoted[i] = fmt.Sprintf("%q", k)
 		}
 	}
 	return "[" + strings.Join(quoted, ".") + "]"
 }
 
-// bare says that a key needs no quotes (TOML 1.0, Keys).
-func bare(k string) bool {
-	return k != "" && strings.IndexFunc(k, func(r rune) bool {
-		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '_' || r == '-')
-	}) < 0
-}
+// bare matches a key that needs no quotes (TOML 1.0, Keys).
+var bare = regexp.MustCompile(`^[A-Za-z0-9_-]+$`)
 
 // checkSchema says what a schema means for this version of containerd.
 func (c *containerd) checkSchema() []Finding {

@@ -88,9 +88,13 @@ func TestRunning(t *testing.T) {
 	control := startHost(t, root)
 	good := serve(t, func(any, grpc.ServerStream) error { return status.Error(codes.NotFound, "") })
 	f := installed(t)
+	state := t.TempDir() // no other tatami-host serves here
+	for _, file := range []string{"etc/tatami/host.toml", ctrdFile} {
+		f[file] = strings.ReplaceAll(f[file], "/run/tatami-host", state)
+	}
 	sub(t, f, "etc/tatami/host.toml", `root = "/var/lib/tatami"`, `root = "`+root+`"`)
 	sub(t, f, "etc/tatami/host.toml", "mode = \"guest\"", "mode = \"guest\"\nsocket = \""+good+"\"")
-	sub(t, f, ctrdFile, "/run/tatami-host/tatami.sock", good)
+	sub(t, f, ctrdFile, state+"/tatami.sock", good)
 	files, err := openTree(f.write(t))
 	if err != nil {
 		t.Fatal(err)
@@ -100,7 +104,7 @@ func TestRunning(t *testing.T) {
 	for _, f := range n.check(t.Context()).Findings {
 		what = append(what, f.What)
 	}
-	if len(what) != 2 || !strings.Contains(what[0], "/run/tatami-host/tatami-block.sock") || !strings.Contains(what[1], "/run/tatami-host/tatami-share.sock") {
+	if len(what) != 2 || !strings.Contains(what[0], state+"/tatami-block.sock") || !strings.Contains(what[1], state+"/tatami-share.sock") {
 		t.Errorf("%s answers, as does %s; found %q", control, good, what)
 	}
 	sub(t, f, "etc/tatami/host.toml", `root = "`+root, `root = "`+root+`/other`)

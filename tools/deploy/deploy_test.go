@@ -4,6 +4,7 @@ package deploy
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -307,7 +308,7 @@ func decodeText[T any](t *testing.T, name string, text []byte) (out []T) {
 	for {
 		var v T
 		err := d.Decode(&v)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return out
 		}
 		if err != nil {
