@@ -14,6 +14,10 @@ const (
 	hostState = "/run/tatami-host"
 )
 
+// containerdState is the default of both containerd and tatami-host
+// (defaults/defaults_unix.go).
+const containerdState = "/run/containerd"
+
 // modes of delivery.
 const (
 	modeGuest = "guest"
@@ -29,6 +33,7 @@ type host struct {
 	Host
 	state   string
 	control string // its control socket
+	tasks   string // where it looks for containerd's state
 	found   bool
 }
 
@@ -43,6 +48,7 @@ func loadHost(t tree, file string) (*host, []Finding) {
 	h.found = true
 	h.state = textOr(root["state"], hostState)
 	h.control = textOr(root["socket"], path.Join(textOr(root["root"], hostRoot), "tatami-host.sock"))
+	h.tasks = textOr(asTable(root["kata"])["containerd_state"], containerdState)
 	var findings []Finding
 	list, _ := root["snapshotter"].([]any)
 	for _, v := range list {
@@ -83,6 +89,18 @@ func discover(file string, root table) []Finding {
 	}
 	return []Finding{{Severity: Warning, File: file, Add: []string{"[kata]", "discover = true"},
 		What: "tatami-host does not look for Kata's sandboxes: guests fetch from the registry, each for itself"}}
+}
+
+// checkState compares where containerd keeps its tasks with where tatami-host
+// looks for them to tell whose a container is.
+func (h *host) checkState(c *containerd, handlers []Handler) []Finding {
+	state := textOr(c.set.value("state"), containerdState)
+	guest := slices.ContainsFunc(handlers, func(x Handler) bool { return x.Mode == modeGuest })
+	if !guest || !h.found || path.Clean(state) == path.Clean(h.tasks) {
+		return nil
+	}
+	return []Finding{{Severity: Error, File: h.File, Add: []string{"[kata]", fmt.Sprintf("containerd_state = %q", state)},
+		What: fmt.Sprintf("containerd keeps its state in %s, but tatami-host looks in %s and would serve no container", state, h.tasks)}}
 }
 
 // named is the snapshotter of a name, or nil.

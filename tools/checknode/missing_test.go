@@ -78,6 +78,8 @@ func TestMissing(t *testing.T) {
 			"", Error, `falls back to "all"`, "/etc/tatami/host.toml", `fallback = ["share", "full"]`},
 		{"discovery", func(t *testing.T, f files) { sub(t, f, "etc/tatami/host.toml", "discover = true", "discover = false") },
 			"", Warning, "does not look for Kata's sandboxes", "/etc/tatami/host.toml", "discover = true"},
+		{"containerd's state", func(t *testing.T, f files) { f["etc/containerd/config.toml"] += "state = \"/run/k3s/containerd\"\n" },
+			"", Error, "looks in /run/containerd", "/etc/tatami/host.toml", `containerd_state = "/run/k3s/containerd"`},
 		{"Kata's configuration", func(t *testing.T, f files) { delete(f, "etc/kata-containers/tatami/configuration.toml") },
 			"kata-tatami", Error, "/etc/kata-containers/tatami/configuration.toml: no such file", "/" + ctrdFile, `ConfigPath = "/opt/kata/share/defaults/kata-containers/runtime-rs/configuration.toml"`},
 		{"shared_fs of guest pull", func(t *testing.T, f files) { sub(t, f, guestDrop, "shared_fs = \"none\"", "") },

@@ -150,6 +150,7 @@ func (n *node) check(ctx context.Context) *Report {
 	for _, h := range cfg.handlers {
 		r.Handlers = append(r.Handlers, n.handler(cfg, host, h))
 	}
+	r.add(host.checkState(cfg, r.Handlers)...)
 	r.add(n.sockets(ctx, cfg, host, r.Handlers)...)
 	r.Kernel, findings = n.kernel(r.Handlers)
 	r.add(findings...)
