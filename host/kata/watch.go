@@ -47,15 +47,20 @@ type Handler interface {
 type Config struct {
 	// RunDirs are the shims' directories. They need not exist.
 	RunDirs []string
-	// Rescan is how often they are looked at without a reason; 10 s when 0.
+	// Rescan is how often they are looked at without a reason; 10 s when 0. It
+	// is a second at most where directories cannot be watched.
 	Rescan time.Duration
 	Log    *slog.Logger
 }
 
+// blindRescan is how often directories are looked at that cannot be watched.
+const blindRescan = time.Second
+
 // Watcher finds sandboxes.
 type Watcher struct {
 	cfg      Config
-	requests chan chan struct{} // of Rescan
+	requests chan chan struct{}        // of Rescan
+	notify   func() (*notifier, error) // immutable
 }
 
 // NewWatcher returns a Watcher that does nothing until Run.
@@ -66,7 +71,7 @@ func NewWatcher(cfg Config) *Watcher {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Watcher{cfg: cfg, requests: make(chan chan struct{})}
+	return &Watcher{cfg: cfg, requests: make(chan chan struct{}), notify: newNotifier}
 }
 
 // Rescan looks for sandboxes now and returns when every shim that is there was
@@ -88,15 +93,18 @@ func (w *Watcher) Rescan(ctx context.Context) error {
 
 // Run tells h of the sandboxes that come and go until ctx ends. It does not
 // remove those that are there then. It is called once.
-func (w *Watcher) Run(ctx context.Context, h Handler) error {
-	n, err := newNotifier()
-	if err != nil {
-		return err
-	}
-	defer n.close()
+func (w *Watcher) Run(ctx context.Context, h Handler) {
 	s := &scanner{
-		cfg: w.cfg, log: w.cfg.Log, h: h, notifier: n, results: make(chan result), slots: make(chan struct{}, maxAsks),
+		cfg: w.cfg, log: w.cfg.Log, h: h, results: make(chan result), slots: make(chan struct{}, maxAsks),
 		places: map[place]*entry{}, ids: map[string]*entry{}, owners: map[Identity]*entry{},
+	}
+	var hints <-chan struct{}
+	n, err := w.notify()
+	if err == nil {
+		defer n.close()
+		s.notifier, hints = n, n.hints
+	} else {
+		s.unwatched(err)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer s.asks.Wait()
@@ -106,8 +114,8 @@ func (w *Watcher) Run(ctx context.Context, h Handler) error {
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
-		case <-n.hints:
+			return
+		case <-hints:
 			if soon := time.Now().Add(settle); soon.Before(s.scanAt) {
 				s.scanAt = soon
 			}
@@ -178,7 +186,7 @@ type scanner struct {
 	cfg      Config
 	log      *slog.Logger
 	h        Handler
-	notifier *notifier
+	notifier *notifier // nil where there is none
 	results  chan result
 	slots    chan struct{}  // one element for each shim being asked
 	asks     sync.WaitGroup // goroutines that ask
@@ -190,6 +198,7 @@ type scanner struct {
 	scanAt   time.Time
 	waiting  []chan struct{} // callers of Rescan
 	full     bool            // said that there are too many
+	blind    bool            // said that directories cannot be watched
 }
 
 // scan looks at all directories. Watches are set before directories are read,
@@ -209,6 +218,9 @@ func (s *scanner) scan() {
 // watch watches the run directories, or what they will appear in, and what is
 // in them.
 func (s *scanner) watch() {
+	if s.notifier == nil {
+		return
+	}
 	want := map[string]map[string]bool{}
 	for _, path := range s.cfg.RunDirs {
 		dir, name := nearest(path)
@@ -226,8 +238,17 @@ func (s *scanner) watch() {
 		want[p.path()] = nil
 	}
 	if err := s.notifier.set(want); err != nil {
-		s.log.Warn("sandboxes may be seen late: raise fs.inotify.max_user_watches", "rescan", s.cfg.Rescan, "error", err)
+		s.unwatched(err)
 	}
+}
+
+// unwatched makes up for directories that cannot be watched, and says so once.
+func (s *scanner) unwatched(err error) {
+	s.cfg.Rescan = min(s.cfg.Rescan, blindRescan)
+	if !s.blind {
+		s.log.Warn("sandboxes are seen late: raise fs.inotify.max_user_instances and max_user_watches", "delay", s.cfg.Rescan, "error", err)
+	}
+	s.blind = true
 }
 
 // list adds the new directories in dir.

@@ -74,8 +74,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
 	defer s.finish(ctx)
 	s.Restore()
 	if cfg.Kata.Discover {
-		stop := s.runDiscovery(ctx)
-		defer func() { err = errors.Join(err, stop()) }()
+		defer s.runDiscovery(ctx)()
 	}
 	return s.control(ctx, cfg, front)
 }
