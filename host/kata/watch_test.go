@@ -319,7 +319,7 @@ func TestHostileDirectory(t *testing.T) {
 	}
 	outside := startShim(t, filepath.Join(filepath.Dir(w.rust), "outside"), "real", says("vsock://104:1024"))
 	deaf := filepath.Join(w.rust, "deaf", monitor)
-	l, err := net.Listen("unix", deaf) //nolint:noctx // opens at once
+	l, err := net.Listen("unix", deaf)
 	if err != nil {
 		t.Fatal(err)
 	}
