@@ -220,6 +220,9 @@ func (c *Config) check() error {
 	if err := c.checkSnapshotters(); err != nil {
 		return err
 	}
+	if c.IdleExit && c.Kata.Discover {
+		return errors.New("idle_exit and kata.discover are both set: sandboxes that are found need a program that stays")
+	}
 	if err := c.Kata.check(); err != nil {
 		return err
 	}
