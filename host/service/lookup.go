@@ -124,10 +124,12 @@ func (b *sandbox) learn(c kata.Container) error {
 }
 
 // imageOf is what a container runs: as its snapshot says, else as the pod does.
+// containerd does not ask a snapshotter for layers that it has from another
+// image, so a snapshot may name that one; then the pod's word counts, too.
 func (s *Service) imageOf(ctx context.Context, c kata.Container) (ref string, manifest digest.Digest, err error) {
 	if known := s.cfg.Discovery.Containers; known != nil {
 		ref, manifest, err = known.Lookup(ctx, c.ID)
-		if !errdefs.IsNotFound(err) {
+		if err == nil && sameRepository(ref, c.Image) || err != nil && !errdefs.IsNotFound(err) {
 			return ref, manifest, err
 		}
 	}
@@ -135,6 +137,17 @@ func (s *Service) imageOf(ctx context.Context, c kata.Container) (ref string, ma
 		return "", "", fmt.Errorf("container %s: its bundle names no image (%.128q), and no snapshot is known: %w", c.ID, c.Image, errdefs.ErrNotFound)
 	}
 	return c.Image, "", nil
+}
+
+// sameRepository says whether the pod's word for its image can stand for ref. A
+// pod may name an image by nothing or by an id.
+func sameRepository(ref, word string) bool {
+	if _, err := digest.Parse(word); err == nil || word == "" {
+		return true
+	}
+	a, aerr := image.ParseReference(ref)
+	b, berr := image.ParseReference(word)
+	return aerr == nil && berr == nil && a.Name() == b.Name()
 }
 
 func (b *sandbox) addFound(found kata.Container, ref string, manifest digest.Digest) error {
