@@ -204,6 +204,21 @@ func TestExample(t *testing.T) {
 	}
 }
 
+// The settings that users copy to a node are understood.
+func TestDeployedSettings(t *testing.T) {
+	text, err := os.ReadFile("../../tools/deploy/host.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := Decode(text)
+	if err == nil {
+		err = c.check()
+	}
+	if err != nil || len(c.Snapshotters) != 3 || !c.Kata.Discover {
+		t.Errorf("%+v, error %v", c, err)
+	}
+}
+
 // A daemon with more settings is not understood any more.
 func TestSettings(t *testing.T) {
 	each := fields(reflect.TypeFor[Snapshotter]())
