@@ -20,6 +20,9 @@ var rules = []struct {
 }{
 	{module + "guest/...", []string{module + "host", module + "tools", module + "tests"}, "guest and host meet in protocols only"},
 	{module + "guest/...", []string{"github.com/containerd/containerd/"}, "containerd's module would double the guest's binary"},
+	{module + "rootfs/...", []string{"github.com/containerd/containerd/"}, "containerd's module belongs to host only"},
+	{module + "protocols/...", []string{"github.com/containerd/containerd/"}, "containerd's module belongs to host only"},
+	{module + "tools/...", []string{"github.com/containerd/containerd/"}, "containerd's module belongs to host only"},
 	{module + "host/...", []string{module + "guest", module + "tools", module + "tests"}, "guest and host meet in protocols only"},
 	{module + "tools/...", []string{module + "guest", module + "host", module + "tests"}, "tools start the daemons as programs"},
 	{module + "rootfs/...", []string{module + "guest", module + "host", module + "tools", module + "tests"}, "the base knows nothing of the daemons"},
