@@ -60,11 +60,22 @@ func TestSideBySide(t *testing.T) {
 			n.host(t, share)
 			n.containerd(t, setup{Pause: reg.pushPause(t), Snapshotter: "overlayfs", Transfer: w.transfer,
 				Proxies: []proxy{n.proxyOf("tatami")}, Handlers: []handler{{"lazy", "tatami"}}})
-			plain, lazy := n.pod(t, "plain", ""), n.pod(t, "lazy", "lazy")
+			lazy := n.pod(t, "lazy", "lazy") // pulls the sandbox's image for its handler
+			_, err := n.try(t, n.crictlArgs("runp", n.podConfig(t, "plain", ""))...)
+			if err == nil || !strings.Contains(err.Error(), notFound) {
+				t.Errorf("a sandbox on overlayfs without the layers: %v, want %q", err, notFound)
+			}
+			n.crictl(t, "pull", reg.host+"/pause:1") // for the default handler
+			plain := n.pod(t, "plain-again", "")
 			t.Run("overlayfs first", func(t *testing.T) {
 				n.crictl(t, "pull", first.ref)
 				n.runs(t, lazy, "lazy-first", first)
 				n.runs(t, plain, "plain-first", first)
+				// CRI tells what image it is also when it unpacks for a
+				// container, unless disable_snapshot_annotations forbids it.
+				if used := n.usage(t, n.proxyOf("tatami").Root); (used < largeSize) == w.transfer {
+					t.Errorf("%d bytes are unpacked for a file of %d", used, largeSize)
+				}
 			})
 			t.Run("lazy first", func(t *testing.T) {
 				n.pullFor(t, second.ref, "lazy")
