@@ -7,10 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/signal"
 	"path/filepath"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/host/config"
 	"github.com/tatami-containers/tatami/protocols/vsock"
@@ -39,7 +36,7 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 	}
 	return session.Supervise(ctx, session.SuperviseConfig{
 		Session: fuse, Command: append([]string{"/proc/self/exe"}, args...), ExtraFiles: sockets.files,
-		Restart: hangups(ctx), Keep: keep, Log: log,
+		Restart: session.Hangups(ctx), Keep: keep, Log: log,
 		Cleanup: func(context.Context) error { return mount.Clean(cfg.State, log) },
 	})
 }
@@ -109,26 +106,4 @@ func (s *sockets) close() {
 	for _, l := range s.listeners {
 		_ = l.Close() // removes the socket
 	}
-}
-
-// hangups asks for a new worker at each SIGHUP.
-func hangups(ctx context.Context) <-chan struct{} {
-	signals, restart := make(chan os.Signal, 1), make(chan struct{})
-	signal.Notify(signals, unix.SIGHUP)
-	go func() { // ends with ctx
-		defer signal.Stop(signals)
-		for {
-			select {
-			case <-signals:
-			case <-ctx.Done():
-				return
-			}
-			select {
-			case restart <- struct{}{}:
-			case <-ctx.Done():
-				return
-			}
-		}
-	}()
-	return restart
 }
