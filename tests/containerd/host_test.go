@@ -71,7 +71,7 @@ func (n *node) hostLog(t *testing.T) string {
 // status is what `tatami status` says.
 func (n *node) status(t *testing.T) string {
 	t.Helper()
-	return n.run(t, "/opt/tatami/bin/tatami", "status", "--root", n.hostRoot())
+	return n.run(t, "/opt/tatami/bin/tatami", "status", "--socket", filepath.Join(n.hostRoot(), "tatami-host.sock"))
 }
 
 // usage is how many bytes the files below a directory take on disk. Files may

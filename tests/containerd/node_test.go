@@ -94,7 +94,7 @@ func (n *node) run(t *testing.T, args ...string) string {
 	return out
 }
 
-// daemon is a program that runs in a node until it is stopped.
+// daemon is a program that runs in a node until it, or the node, is ended.
 type daemon struct {
 	n     *node
 	name  string
@@ -121,8 +121,6 @@ func (n *node) start(t *testing.T, name string, env []string, files []*os.File, 
 		_ = cmd.Wait() // that it has ended is what counts
 		close(d.ended)
 	}()
-	// Only when process 1 ends does a daemon end that the test did not stop.
-	t.Cleanup(func() { _ = d.signal(syscall.SIGKILL) })
 	return d
 }
 
