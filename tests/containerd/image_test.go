@@ -116,7 +116,7 @@ func eStargz(t *testing.T, entries ...registrytest.Entry) registrytest.Layer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := registrytest.EStargz(tar, estargz.WithCompressionLevel(gzip.BestSpeed))
+	l, err := registrytest.EStargz(tar, estargz.WithCompressionLevel(gzip.BestSpeed), estargz.WithChunkSize(part/2))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +133,8 @@ func (r *registry) pushPause(t *testing.T) string {
 // What the application's image has besides tools: a small file and a large one.
 const (
 	greeting  = "read from the image"
-	largeSize = 8 << 20
+	largeSize = 8 * part
+	part      = 1 << 20 // two chunks
 )
 
 // pushApp pushes an image of two layers, the upper one large and with a table of

@@ -1,7 +1,9 @@
 package containerd
 
 import (
+	"crypto/sha256"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -9,14 +11,14 @@ import (
 	"time"
 )
 
-// reader reads another block of the large file every few milliseconds, counts
-// the blocks, and ends when a read fails.
+// reader reads the blocks of the large file's last part, again and again, counts
+// them, and ends when a read fails.
 const reader = `i=0
-while dd if=/data/large of=/dev/null bs=4096 count=1 skip=$((i % 2048)) 2>/dev/null; do i=$((i + 1)); echo $i >/progress; done
+while dd if=/data/large of=/dev/null bs=4096 count=1 skip=$((1792 + i % 256)) 2>/dev/null; do i=$((i + 1)); echo $i >/progress; done
 echo failed >/progress`
 
 // TestRestarts restarts and kills containerd and tatami-host under a container
-// that reads what has not been read before.
+// that reads, and then has it read what has not been read before.
 func TestRestarts(t *testing.T) {
 	for _, w := range []way{ways[0], ways[2]} {
 		t.Run(w.name, func(t *testing.T) {
@@ -25,34 +27,23 @@ func TestRestarts(t *testing.T) {
 			n.crictl(t, "pull", app.ref)
 			pod := n.pod(t, "reader", "")
 			id := n.create(t, pod, container{name: "reader", image: app.ref, user: "root", command: []string{"sh", "-c", reader}})
-			step := func(name string, do func(t *testing.T)) {
-				t.Run(name, func(t *testing.T) {
-					do(t)
+			for i, step := range []struct {
+				name string
+				do   func(t *testing.T)
+			}{
+				{"containerd", n.containerdAnew(syscall.SIGTERM)},
+				{"containerd killed", n.containerdAnew(syscall.SIGKILL)},
+				{"worker killed", n.killWorker},
+				{"upgrade", n.upgrade},
+				{"tatami-host", n.hostAnew(syscall.SIGTERM)},
+				{"tatami-host killed", n.hostAnew(syscall.SIGKILL)},
+			} {
+				t.Run(step.name, func(t *testing.T) {
+					step.do(t)
 					n.readsOn(t, id)
+					n.readsPart(t, id, i)
 				})
 			}
-			step("containerd", func(t *testing.T) {
-				n.containerd.end(t, syscall.SIGTERM)
-				n.containerd = n.restartContainerd(t)
-			})
-			step("containerd killed", func(t *testing.T) {
-				n.containerd.end(t, syscall.SIGKILL)
-				n.containerd = n.restartContainerd(t)
-			})
-			step("worker killed", func(t *testing.T) { n.run(t, "pkill", "-KILL", "-P", n.hostProcess(t, n.host)) })
-			step("upgrade", func(t *testing.T) {
-				if err := n.host.signal(syscall.SIGHUP); err != nil {
-					t.Fatal(err)
-				}
-			})
-			step("tatami-host", func(t *testing.T) {
-				n.host.end(t, syscall.SIGTERM)
-				n.host = n.restartHost(t)
-			})
-			step("tatami-host killed", func(t *testing.T) {
-				n.host.end(t, syscall.SIGKILL)
-				n.host = n.restartHost(t)
-			})
 			if got, want := n.exec(t, id, "sha256sum", "/data/large"), largeSum(1); got != want {
 				t.Errorf("large file: %s, want %s", got, want)
 			}
@@ -64,13 +55,65 @@ func TestRestarts(t *testing.T) {
 	}
 }
 
-func (n *node) hostProcess(t *testing.T, host *daemon) string {
+func (r *rig) containerdAnew(sig syscall.Signal) func(t *testing.T) {
+	return func(t *testing.T) {
+		r.containerd.end(t, sig)
+		r.containerd = r.restartContainerd(t)
+	}
+}
+
+func (r *rig) hostAnew(sig syscall.Signal) func(t *testing.T) {
+	return func(t *testing.T) {
+		r.host.end(t, sig)
+		r.host = r.restartHost(t)
+	}
+}
+
+func (r *rig) killWorker(t *testing.T) {
+	before := r.workers(t)
+	r.run(t, append([]string{"kill", "-KILL"}, before...)...)
+	r.workerAfter(t, before)
+}
+
+func (r *rig) upgrade(t *testing.T) {
+	before := r.workers(t)
+	if err := r.host.signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	r.workerAfter(t, before)
+}
+
+// workers lists the children of tatami-host's supervisor.
+func (r *rig) workers(t *testing.T) []string {
 	t.Helper()
-	pid, err := host.process()
+	supervisor, err := r.host.process()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return pid
+	out, _ := r.try(t, "pgrep", "-P", supervisor) // finding none is an error
+	return strings.Fields(out)
+}
+
+// workerAfter waits until tatami-host has another worker, and only that.
+func (r *rig) workerAfter(t *testing.T, before []string) {
+	t.Helper()
+	until(t, func() error {
+		now := r.workers(t)
+		if len(now) != 1 || slices.Contains(before, now[0]) {
+			return fmt.Errorf("workers %v, before %v", now, before)
+		}
+		return nil
+	})
+}
+
+// readsPart has a container read one part of the large file.
+func (n *node) readsPart(t *testing.T, id string, i int) {
+	t.Helper()
+	got := n.exec(t, id, "sh", "-c", fmt.Sprintf("dd if=/data/large bs=%d skip=%d count=1 2>/dev/null | sha256sum", part, i))
+	want := fmt.Sprintf("%x  -", sha256.Sum256([]byte(noise(1, largeSize))[i*part:(i+1)*part]))
+	if got != want {
+		t.Errorf("part %d of the large file: %s, want %s", i, got, want)
+	}
 }
 
 // readsOn waits until the container has read more than at the call.
