@@ -71,7 +71,7 @@ func notify(state string, fds ...int) error {
 	if err != nil {
 		return fmt.Errorf("notify service manager: %w", err)
 	}
-	defer unix.Close(socket) //nolint:errcheck // nothing was written to it that close could lose
+	defer unix.Close(socket)
 	var rights []byte
 	if len(fds) > 0 {
 		rights = unix.UnixRights(fds...)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"sync"
 	"testing"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
@@ -59,10 +60,7 @@ func tools(t *testing.T) []registrytest.Entry {
 // noise is n bytes that do not compress, the same for the same seed.
 func noise(seed uint64, n int) string {
 	b := make([]byte, n)
-	r := rand.New(rand.NewPCG(seed, 0))
-	for i := range b {
-		b[i] = byte(r.Uint32())
-	}
+	_, _ = rand.NewChaCha8([32]byte{byte(seed)}).Read(b) // never fails
 	return string(b)
 }
 
@@ -137,14 +135,28 @@ const (
 	part      = 1 << 20 // two chunks
 )
 
+// appLayers makes what pushApp pushes, once for a seed: compressing takes longer
+// than most tests.
+var appLayers = struct {
+	sync.Mutex
+	made map[uint64][]registrytest.Layer // by seed; protected by the mutex
+}{made: map[uint64][]registrytest.Layer{}}
+
 // pushApp pushes an image of two layers, the upper one large and with a table of
 // contents: preparing it fetches next to nothing. Its user is a named one.
 func (r *registry) pushApp(t *testing.T, repo string, seed uint64) image {
 	t.Helper()
+	appLayers.Lock()
+	layers := appLayers.made[seed]
+	if layers == nil {
+		layers = []registrytest.Layer{gzipped(t, tools(t)...), eStargz(t,
+			registrytest.Dir("data", 0o755),
+			registrytest.File("data/large", 0o644, noise(seed, largeSize)),
+			registrytest.File("data/greeting", 0o644, greeting+"\n"),
+		)}
+		appLayers.made[seed] = layers
+	}
+	appLayers.Unlock()
 	config := ocispec.ImageConfig{Cmd: []string{"/bin/sleep", "1000000"}, Env: []string{"PATH=/bin"}, User: userName}
-	return r.pushImage(t, repo, config, gzipped(t, tools(t)...), eStargz(t,
-		registrytest.Dir("data", 0o755),
-		registrytest.File("data/large", 0o644, noise(seed, largeSize)),
-		registrytest.File("data/greeting", 0o644, greeting+"\n"),
-	))
+	return r.pushImage(t, repo, config, layers...)
 }

@@ -57,9 +57,6 @@ func (n *node) report(t *testing.T) {
 // startup matches what containerd logs about each of its plugins.
 var startup = regexp.MustCompile(`(?m)^.*msg="(loading|skip loading) .*\n`)
 
-// path is a path of the node's as this process sees it.
-func (n *node) path(p string) string { return fmt.Sprintf("/proc/%d/root%s", n.pid, p) }
-
 // command prepares a program to be run in the node.
 func (n *node) command(ctx context.Context, args ...string) *exec.Cmd {
 	args = inNode(n.pid, args...)

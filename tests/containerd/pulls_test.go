@@ -18,7 +18,7 @@ import (
 func (r *rig) testPulls(t *testing.T) {
 	var apps []image
 	for i := range uint64(4) {
-		apps = append(apps, r.reg.pushApp(t, fmt.Sprintf("many%d", i), 10+i))
+		apps = append(apps, r.reg.pushApp(t, fmt.Sprintf("many%d", i), 1+i))
 	}
 	var pulls errgroup.Group
 	for range 3 {
@@ -38,7 +38,7 @@ func (r *rig) testPulls(t *testing.T) {
 		if r.hasContent(t, "k8s.io", app.layers[1]) {
 			t.Errorf("%s: containerd has fetched the upper layer", app.repo)
 		}
-		if got, want := r.exec(t, id, "sha256sum", "/data/large"), largeSum(10+uint64(i)); got != want {
+		if got, want := r.exec(t, id, "sha256sum", "/data/large"), largeSum(1+uint64(i)); got != want {
 			t.Errorf("%s: large file: %s, want %s", app.repo, got, want)
 		}
 	}
