@@ -146,7 +146,14 @@ var appLayers = struct {
 // contents: preparing it fetches next to nothing. Its user is a named one.
 func (r *registry) pushApp(t *testing.T, repo string, seed uint64) image {
 	t.Helper()
+	config := ocispec.ImageConfig{Cmd: []string{"/bin/sleep", "1000000"}, Env: []string{"PATH=/bin"}, User: userName}
+	return r.pushImage(t, repo, config, layersOf(t, seed)...)
+}
+
+func layersOf(t *testing.T, seed uint64) []registrytest.Layer {
+	t.Helper()
 	appLayers.Lock()
+	defer appLayers.Unlock()
 	layers := appLayers.made[seed]
 	if layers == nil {
 		layers = []registrytest.Layer{gzipped(t, tools(t)...), eStargz(t,
@@ -156,7 +163,5 @@ func (r *registry) pushApp(t *testing.T, repo string, seed uint64) image {
 		)}
 		appLayers.made[seed] = layers
 	}
-	appLayers.Unlock()
-	config := ocispec.ImageConfig{Cmd: []string{"/bin/sleep", "1000000"}, Env: []string{"PATH=/bin"}, User: userName}
-	return r.pushImage(t, repo, config, layers...)
+	return layers
 }
