@@ -35,6 +35,7 @@ type Options struct {
 	Network         bool              // a card that reaches the node's network
 	Reboot          bool              // the guest may boot again
 	Modules         []string          // more kernel modules
+	OptionalModules []string          // more of those that only some kernels have
 	Binaries        []string          // more programs of this machine, beside crun, runc, busybox
 	Files           map[string][]byte // files by their path in the guest
 	Args            []string          // more arguments for QEMU
