@@ -38,6 +38,7 @@ func commands() []command {
 		{"index", "[flags] IMAGE [DST]", "make the index of an image once and publish it with the image", indexCommand},
 		{"check", "[flags] IMAGE", "read all of an image in every way and compare it with an independent unpack", checkCommand},
 		{"convert", "[flags] --to FORMAT SRC DST", "repack layers so that they can be read lazily", convertCommand},
+		{"guest-image", guestImageUsage, "make what a Kata guest runs tatami-guest from: an extension image, or files for an image of one's own", guestImageCommand},
 		{"bench", "start [flags] IMAGE [-- CMD ARG…]", "compare a full pull with lazy starts, side by side", benchCommand},
 		{"version", "", "print the version", versionCommand},
 	}

@@ -76,7 +76,7 @@ func dialHost(ctx context.Context, socket string) (*node, error) {
 }
 
 func startHost(ctx context.Context, o *Options, socket string) (*node, error) {
-	bin, err := findProgram("tatami-host")
+	bin, err := FindProgram("tatami-host")
 	if err != nil {
 		return nil, err
 	}
@@ -156,19 +156,4 @@ func tail(path string) string {
 	}
 	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
 	return strings.Join(lines[max(0, len(lines)-3):], "\n")
-}
-
-// findProgram looks for one of our programs beside this one, then in PATH.
-func findProgram(name string) (string, error) {
-	if self, err := os.Executable(); err == nil {
-		p := filepath.Join(filepath.Dir(self), name)
-		if st, err := os.Stat(p); err == nil && st.Mode().IsRegular() {
-			return p, nil
-		}
-	}
-	p, err := exec.LookPath(name)
-	if err != nil {
-		return "", fmt.Errorf("%s is neither beside tatami nor in PATH; run `make build` or install it: %w", name, errdefs.ErrNotFound)
-	}
-	return p, nil
 }

@@ -46,7 +46,7 @@ func (l *local) target() string {
 }
 
 func (l *local) start(context.Context) error {
-	bin, err := findProgram("tatami-guest")
+	bin, err := FindProgram("tatami-guest")
 	if err != nil {
 		return err
 	}

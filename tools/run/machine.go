@@ -4,23 +4,16 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 
 	"github.com/tatami-containers/tatami/protocols/vsock"
-	"github.com/tatami-containers/tatami/tools/initramfs"
+	"github.com/tatami-containers/tatami/tools/guestimage"
 	"github.com/tatami-containers/tatami/tools/vm"
 )
 
 // registryPort is where a guest finds the registry when it pulls by itself.
 const registryPort = 2112
-
-// Modules that the guest needs, and those that only some kernels have.
-var (
-	modules         = []string{"virtio_pci", "vmw_vsock_virtio_transport", "fuse", "erofs", "overlay", "loop"}
-	optionalModules = []string{"virtio_net", "virtio_blk", "virtiofs"}
-)
 
 // machine is a virtual machine whose init is tatami-guest.
 type machine struct {
@@ -64,11 +57,11 @@ func accel(name string) vm.Accel {
 // buildInitrd writes an archive with tatami-guest as init, the kernel's modules
 // and an OCI runtime of this machine.
 func buildInitrd(file string, kernel vm.Kernel) error {
-	guest, err := findProgram("tatami-guest")
+	guest, err := FindProgram("tatami-guest")
 	if err != nil {
 		return err
 	}
-	runtime, err := findRuntime()
+	runtime, err := FindRuntime()
 	if err != nil {
 		return err
 	}
@@ -77,20 +70,7 @@ func buildInitrd(file string, kernel vm.Kernel) error {
 		return fmt.Errorf("create the initramfs: %w", err)
 	}
 	defer f.Close()
-	return initramfs.Build(f, initramfs.Config{
-		Init: guest, ModuleDir: kernel.Modules, Modules: modules, OptionalModules: optionalModules,
-		Binaries: []string{runtime},
-	})
-}
-
-// findRuntime prefers crun, which starts in a fraction of runc's time.
-func findRuntime() (string, error) {
-	for _, name := range []string{"crun", "runc"} {
-		if path, err := exec.LookPath(name); err == nil {
-			return filepath.Abs(path)
-		}
-	}
-	return "", fmt.Errorf("neither crun nor runc is in PATH; install one of them")
+	return guestimage.WriteInitramfs(f, guestimage.Options{Guest: guest, Modules: kernel.Modules, Runtime: runtime})
 }
 
 // cmdline configures the daemon in the guest.
