@@ -141,5 +141,5 @@ func run(name string, args ...string) kata.Output {
 	if cmd.ProcessState == nil {
 		return kata.Output{Stderr: err.Error(), Code: -1}
 	}
-	return kata.Output{Stdout: out.String(), Stderr: errs.String(), Code: cmd.ProcessState.ExitCode()}
+	return kata.Output{Stdout: out.Bytes(), Stderr: errs.String(), Code: cmd.ProcessState.ExitCode()}
 }

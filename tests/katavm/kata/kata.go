@@ -88,7 +88,7 @@ type ShellRequest struct {
 
 // Output is what a process wrote, and its exit code.
 type Output struct {
-	Stdout string `json:"stdout"`
+	Stdout []byte `json:"stdout"`
 	Stderr string `json:"stderr"`
 	Code   int    `json:"code"`
 }
