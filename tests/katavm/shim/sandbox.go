@@ -28,8 +28,10 @@ import (
 	"github.com/tatami-containers/tatami/tools/vm"
 )
 
+// Agent is the package of the stand-in for kata-agent, an init.
+const Agent = "github.com/tatami-containers/tatami/tests/katavm/agent"
+
 const (
-	agentPackage  = "github.com/tatami-containers/tatami/tests/katavm/agent"
 	monitorSocket = "shim-monitor.sock" // src/libs/shim-interface/src/lib.rs
 	// ports is how many disks can be plugged in.
 	ports     = 4
@@ -78,7 +80,7 @@ func Start(t testing.TB, cfg Config) *Sandbox {
 		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=%s,chassis=%d,slot=%d,addr=0x%x", port(i), i+1, i+1, firstSlot+i))
 	}
 	s.VM = vmtest.Start(t, vmtest.Options{
-		Init: agentPackage, MemoryMiB: cfg.MemoryMiB, Cmdline: strings.TrimSpace(cfg.extensionParameter() + " " + cfg.Cmdline),
+		Init: Agent, MemoryMiB: cfg.MemoryMiB, Cmdline: strings.TrimSpace(cfg.extensionParameter() + " " + cfg.Cmdline),
 		Modules: []string{"virtio_blk"}, OptionalModules: []string{"dm_verity"}, Args: args,
 	})
 	s.serveMonitor(filepath.Join(dir, monitorSocket))
@@ -115,17 +117,24 @@ func (c *Config) extensionParameter() string {
 // disks are QEMU's arguments for the disks that are there from the start.
 func (c *Config) disks(t testing.TB) []string {
 	var args []string
-	add := func(id, file, serial string) {
-		args = append(args, "-drive", "if=none,format=raw,readonly=on,id="+id+",file="+file,
-			"-device", "virtio-blk-pci,drive="+id+serial)
-	}
 	if c.Extension != "" {
-		add("extension", c.Extension, ",serial=extension-coco")
+		args = ExtensionDisk(c.Extension)
 	}
 	if c.CDHConfig != "" {
-		add("initdata", initdata(t, c.CDHConfig), "")
+		args = append(args, readOnlyDisk("initdata", initdata(t, c.CDHConfig), "")...)
 	}
 	return args
+}
+
+// ExtensionDisk is QEMU's arguments for the extension image "coco"
+// (src/runtime-rs/crates/hypervisor/src/qemu/cmdline_generator.rs).
+func ExtensionDisk(file string) []string {
+	return readOnlyDisk("extension", file, ",serial=extension-coco")
+}
+
+func readOnlyDisk(id, file, properties string) []string {
+	return []string{"-drive", "if=none,format=raw,readonly=on,id=" + id + ",file=" + file,
+		"-device", "virtio-blk-pci,drive=" + id + properties}
 }
 
 // initdata writes an initdata device (src/libs/kata-types/src/initdata.rs and
