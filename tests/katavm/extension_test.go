@@ -35,7 +35,7 @@ func TestVerifiedExtension(t *testing.T) {
 	if verity == "" {
 		t.Fatal("no verity_params of a verified image")
 	}
-	h, img := startHost(t), pushImage(t, startRegistry(t), "verified", 5)
+	h, img := startHost(t), pushImage(t, startRegistry(t), "verified", 5, gzipped)
 	s := shim.Start(t, shim.Config{ID: sandboxID, RunDir: filepath.Join(dir, "kata"), ContainerdState: filepath.Join(dir, "containerd"),
 		Extension: image, Verity: verity, CDHConfig: cdhConfig, Cmdline: "tatami.state_dir=/run/from-cmdline"})
 	h.attach(t.Context(), sandboxID, s)

@@ -40,7 +40,7 @@ func TestGuest(t *testing.T) {
 	dir := tempDir(t)
 	image, _ := extensionImage(t)
 	reg := startRegistry(t)
-	r := &guestRig{t: t, host: startHost(t), one: pushImage(t, reg, "one", 1), two: pushImage(t, reg, "two", 3)}
+	r := &guestRig{t: t, host: startHost(t), one: pushImage(t, reg, "one", 1, gzipped), two: pushImage(t, reg, "two", 3, gzipped)}
 	r.sandbox = shim.Start(t, shim.Config{ID: sandboxID, RunDir: filepath.Join(dir, "kata"), ContainerdState: filepath.Join(dir, "containerd"),
 		Extension: image, Cmdline: "tatami.registry=false"})
 	r.host.attach(t.Context(), sandboxID, r.sandbox)

@@ -80,9 +80,14 @@ type testImage struct {
 	size int64  // of the layer's blob
 }
 
-// pushImage pushes an image of one gzip layer: a static busybox, the program
+// gzipped and eStargz are formats of a layer: a node fetches all of the first to
+// index it, and of the second what is read.
+func gzipped(tarball []byte) (registrytest.Layer, error) { return registrytest.Gzip(tarball) }
+func eStargz(tarball []byte) (registrytest.Layer, error) { return registrytest.EStargz(tarball) }
+
+// pushImage pushes an image of one layer: a static busybox, the program
 // that tells a tree, data of the given seed, and much that nobody reads.
-func pushImage(t *testing.T, host, name string, seed uint64) testImage {
+func pushImage(t *testing.T, host, name string, seed uint64, format func([]byte) (registrytest.Layer, error)) testImage {
 	t.Helper()
 	entries := []registrytest.Entry{
 		registrytest.Dir("bin", 0o755), registrytest.Dir("proc", 0o555), registrytest.Dir("sys", 0o555), registrytest.Dir("dev", 0o755),
@@ -95,7 +100,7 @@ func pushImage(t *testing.T, host, name string, seed uint64) testImage {
 		entries = append(entries, registrytest.Symlink("bin/"+applet, "busybox"))
 	}
 	tarball := registrytest.Must(registrytest.Tar(entries...))
-	layer := registrytest.Must(registrytest.Gzip(tarball))
+	layer := registrytest.Must(format(tarball))
 	push(t, host+"/"+name, layer)
 	img := testImage{ref: host + "/" + name + ":v1", tar: filepath.Join(t.TempDir(), "layer.tar"), size: int64(len(layer.Blob))}
 	if err := os.WriteFile(img.tar, tarball, 0o600); err != nil {
@@ -115,6 +120,7 @@ func push(t *testing.T, repository string, layer registrytest.Layer) {
 		t.Fatal(err)
 	}
 	var img ocilayout.Image
+	desc.Annotations = layer.Annotations
 	img.Manifest.Layers = []ocispec.Descriptor{desc}
 	img.Config.OS, img.Config.Architecture = "linux", runtime.GOARCH
 	img.Config.RootFS.Type = "layers"

@@ -1,0 +1,166 @@
+package katavm
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/tests/katavm/kata"
+	"github.com/tatami-containers/tatami/tests/katavm/shim"
+	"github.com/tatami-containers/tatami/tests/treecmp"
+	"github.com/tatami-containers/tatami/tools/bundle"
+)
+
+// blockRig is a node with a sandbox whose images are disks.
+type blockRig struct {
+	host    *host
+	sandbox *shim.Sandbox
+	img     testImage
+	file    string // the image as one EROFS file, served lazily on the node
+	upper   string // an ext4 file
+}
+
+// TestBlock is the mode block: the lazily served image file as a raw virtio-blk
+// disk below the overlay that the agent makes.
+func TestBlock(t *testing.T) {
+	need(t)
+	dir := tempDir(t)
+	r := &blockRig{host: startHost(t), img: pushImage(t, startRegistry(t), "block", 7, eStargz), upper: filepath.Join(t.TempDir(), "rwlayer.img")}
+	r.file = lazyFile(t, r.host, r.img.ref)
+	run(t, "mkfs.ext4", "-q", r.upper, "64M")
+	r.sandbox = shim.Start(t, shim.Config{ID: sandboxID, RunDir: filepath.Join(dir, "kata"), ContainerdState: filepath.Join(dir, "containerd")})
+	for _, step := range []struct {
+		name string
+		test func(*testing.T)
+	}{
+		{"DiskUpper", r.testDiskUpper},
+		{"MemoryUpper", r.testMemoryUpper},
+		{"Removal", r.testRemoval},
+	} {
+		if !t.Run(step.name, step.test) {
+			return
+		}
+	}
+}
+
+// lazyFile mounts an image on the node and returns its image file.
+func lazyFile(t *testing.T, h *host, ref string) string {
+	t.Helper()
+	dir, target := tempDir(t), t.TempDir()
+	cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "tatami"), "mount", "--root", h.root, ref, target)
+	cmd.Env = append(os.Environ(), "TMPDIR="+dir)
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 30 * time.Second
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Wait() }) // t.Context has ended it
+	var file string
+	waitFor(t, func() error {
+		found, err := filepath.Glob(filepath.Join(dir, "tatami-*", "state", "fuse", "*.erofs"))
+		if err == nil && len(found) != 1 {
+			err = fmt.Errorf("image files %v", found)
+		}
+		if _, err2 := os.Stat(filepath.Join(target, "etc/name")); err2 != nil {
+			err = errors.Join(err, err2)
+		}
+		if err == nil {
+			file = found[0]
+		}
+		return err
+	})
+	return file
+}
+
+// blockMounts is the mount list of a container in the mode block; upper is "" for
+// one whose writes stay in the guest's memory.
+func blockMounts(file, upper string) []shim.Mount {
+	lower := shim.Mount{Type: "erofs", Source: file, Options: []string{"ro", "loop"}}
+	if upper == "" {
+		return []shim.Mount{lower, {Type: "format/mkdir/overlay", Source: "overlay", Options: []string{"lowerdir={{ mount 0 }}"}}}
+	}
+	return []shim.Mount{{Type: "ext4", Source: upper, Options: []string{"rw", "loop"}}, lower, {Type: "format/mkdir/overlay", Source: "overlay",
+		Options: []string{"X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
+			"workdir={{ mount 0 }}/work", "upperdir={{ mount 0 }}/upper", "lowerdir={{ mount 1 }}"}}}
+}
+
+func (r *blockRig) create(t *testing.T, id, upper string, command ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	spec, err := bundle.Spec(ocispec.ImageConfig{}, command, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = r.sandbox.Create(ctx, id, blockMounts(r.file, upper), spec, map[string]string{kata.ContainerType: "container", kata.ImageName: r.img.ref})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+const writing = "cat /etc/name; sha256sum </data; echo new >/etc/new; echo more >>/etc/name; rm /etc/alias; cat /etc/new /etc/name; ls /etc"
+
+func written(seed uint64) string {
+	return fmt.Sprintf("block\n%x  -\nnew\nblock\nmore\nname\nnew\n", sha256.Sum256([]byte(noise(seed, dataSize))))
+}
+
+// testDiskUpper writes to an ext4 disk, and reads a part of the image.
+func (r *blockRig) testDiskUpper(t *testing.T) {
+	r.create(t, "disk", r.upper, "/bin/sh", "-c", writing)
+	if got, want := output(t, r.sandbox, "disk"), written(7); got != want {
+		t.Errorf("output %q, want %q", got, want)
+	}
+	stats, err := r.host.NodeStats(t.Context(), &api.NodeStatsRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d bytes from the registry, image of %d", stats.RegistryBytes, r.img.size)
+	if stats.RegistryBytes > r.img.size-unusedSize/2 {
+		t.Errorf("%d bytes came from the registry for %d bytes of data in an image of %d", stats.RegistryBytes, dataSize, r.img.size)
+	}
+	shell(t, r.sandbox, "sync")
+	if got := run(t, "debugfs", "-R", "cat /upper/etc/new", r.upper); got != "new\n" {
+		t.Errorf("on the disk of the upper: %q", got)
+	}
+}
+
+// testMemoryUpper runs a second container of the same image file, without a disk
+// for writes: it does not see those of the first. Then it tells the tree.
+func (r *blockRig) testMemoryUpper(t *testing.T) {
+	skip := []string{"proc", "sys", "dev"}
+	r.create(t, "memory", "", append([]string{"/treedump", "/"}, skip...)...)
+	var got treecmp.Tree
+	if err := gob.NewDecoder(bytes.NewReader([]byte(output(t, r.sandbox, "memory")))).Decode(&got); err != nil {
+		t.Fatal(err)
+	}
+	want := r.img.tree(t, skip...)
+	delete(got, ".") // the runtime has changed it
+	delete(want, ".")
+	if diff := treecmp.Diff(got, want); len(diff) > 0 {
+		t.Errorf("the tree in the guest is not the image's:\n%s", strings.Join(diff, "\n"))
+	}
+	r.create(t, "memory-2", "", "/bin/sh", "-c", writing)
+	if got, want := output(t, r.sandbox, "memory-2"), written(7); got != want {
+		t.Errorf("output %q, want %q", got, want)
+	}
+}
+
+func (r *blockRig) testRemoval(t *testing.T) {
+	for _, id := range []string{"disk", "memory", "memory-2"} {
+		t.Log(id, r.sandbox.Remove(t.Context(), id))
+	}
+	t.Log(shell(t, r.sandbox, "grep -E 'kata-containers' /proc/mounts; find /run/kata-containers | head -50"))
+}
