@@ -1,11 +1,13 @@
 // Package config is the one configuration of tatami-guest. Its values come, the
-// later over the earlier, from the defaults below, a TOML file, the flags and
-// the kernel command line (tatami.<key>=<value>), and are checked once, by
-// Load. Other packages get plain values and never see this one.
+// later over the earlier, from the defaults below, a TOML file, the table
+// [tatami] of a Confidential Data Hub's file, the flags and the kernel command
+// line (tatami.<key>=<value>), and are checked once, by Load. Other packages get
+// plain values and never see this one.
 package config
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -36,6 +38,11 @@ type Config struct {
 	StreamListen string   `toml:"stream_listen"` // standard streams of containers
 	CDHSocket    string   `toml:"cdh_socket"`    // the services that kata-agent calls; "" is off
 	CDHForward   string   `toml:"cdh_forward"`   // socket of a real Confidential Data Hub; "" has none
+	// CDHForwardConfig is where that one's configuration is written; "" for
+	// nowhere. See HubConfig.
+	CDHForwardConfig string `toml:"cdh_forward_config"`
+	// CDHConfig is the Confidential Data Hub's file that was read; a flag only.
+	CDHConfig string `toml:"-"`
 
 	HostAddress  string   `toml:"host_address"`     // ttrpc Host service; "" has none
 	RelayAddress string   `toml:"relay_address"`    // the node's registry; "" has none
@@ -96,6 +103,7 @@ func (c *Config) settings() []setting {
 		{"stream_listen", "address for the streams of containers", (*text)(&c.StreamListen)},
 		{"cdh_socket", "socket that kata-agent calls; empty for none", (*text)(&c.CDHSocket)},
 		{"cdh_forward", "socket of a real Confidential Data Hub", (*text)(&c.CDHForward)},
+		{"cdh_forward_config", "file to write that one's configuration to", (*text)(&c.CDHForwardConfig)},
 		{"host_address", "address of the node's Host service; empty for none", (*text)(&c.HostAddress)},
 		{"relay_address", "address of the node's relay; empty for none", (*text)(&c.RelayAddress)},
 		{"registry", "ask registries when the node cannot serve", (*boolean)(&c.Registry)},
@@ -123,11 +131,11 @@ func (c *Config) settings() []setting {
 // which is flag.ErrHelp with the usage written to usage.
 func Load(args []string, cmdline string, usage io.Writer) (*Config, []string, error) {
 	c := Default()
-	file, named, err := fileOf(args)
+	named, err := filesOf(args)
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := c.readFile(file, named); err != nil {
+	if err := c.readFiles(named); err != nil {
 		return nil, nil, err
 	}
 	rest, err := c.parseFlags(args, usage)
@@ -143,30 +151,48 @@ func Load(args []string, cmdline string, usage io.Writer) (*Config, []string, er
 	return &c, rest, nil
 }
 
-// fileOf finds the configuration file among the flags: it must be read before
-// them, because they override it.
-func fileOf(args []string) (name string, named bool, err error) {
+// files are the configuration files that flags name.
+type files struct{ own, cdh string }
+
+// filesOf finds the configuration files among the flags: they must be read
+// before them, because flags override them.
+func filesOf(args []string) (files, error) {
 	var scratch Config
-	fs, file := scratch.flagSet()
+	var named files
+	fs := scratch.flagSet(&named)
 	fs.SetOutput(io.Discard)
 	if err := fs.Parse(args); err != nil && !errors.Is(err, flag.ErrHelp) {
-		return "", false, invalid("%v (--help lists the flags)", err)
+		return files{}, invalid("%v (--help lists the flags)", err)
 	}
-	if *file == "" {
-		return DefaultFile, false, nil
-	}
-	return *file, true, nil
+	return named, nil
 }
 
-func (c *Config) flagSet() (*flag.FlagSet, *string) {
+func (c *Config) readFiles(named files) error {
+	if err := c.readFile(cmp.Or(named.own, DefaultFile), named.own != ""); err != nil {
+		return err
+	}
+	if named.cdh == "" {
+		return nil
+	}
+	b, err := os.ReadFile(named.cdh)
+	if err != nil {
+		return invalid("read configuration: %v", err)
+	}
+	c.CDHConfig = named.cdh
+	return c.parseCDH(named.cdh, b)
+}
+
+func (c *Config) flagSet(named *files) *flag.FlagSet {
 	fs := flag.NewFlagSet("tatami-guest", flag.ContinueOnError)
-	file := fs.String("config", "", "configuration file (default "+DefaultFile+")")
-	// kata-agent starts the processes of an extension image with -c <file>.
-	fs.StringVar(file, "c", "", "the same as --config")
+	fs.StringVar(&named.own, "config", "", "configuration file (default "+DefaultFile+")")
+	fs.StringVar(&named.cdh, "cdh-config", "", "configuration file of a Confidential Data Hub, whose table [tatami] is read")
+	// kata-agent starts processes with -c and the path of cdh.toml, if the pod's
+	// initdata has one (kata-containers: src/agent/src/main.rs launch_process).
+	fs.StringVar(&named.cdh, "c", "", "the same as --cdh-config")
 	for _, s := range c.settings() {
 		fs.Var(s.value, flagName(s.key), s.help)
 	}
-	return fs, file
+	return fs
 }
 
 func flagName(key string) string {
@@ -174,7 +200,7 @@ func flagName(key string) string {
 }
 
 func (c *Config) parseFlags(args []string, usage io.Writer) ([]string, error) {
-	fs, _ := c.flagSet()
+	fs := c.flagSet(new(files))
 	fs.SetOutput(usage)
 	if err := fs.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -198,20 +224,33 @@ func (c *Config) readFile(name string, named bool) error {
 
 func (c *Config) parseFile(name string, b []byte) error {
 	c.Version = 0
-	d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
-	err := d.Decode(c)
-	var unknown *toml.StrictMissingError
-	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
-		key := strings.Join(unknown.Errors[0].Key(), ".")
-		return invalid("%s: unknown key %q: remove it, or use the tatami-guest that knows it", name, key)
+	err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(c)
+	if unknown := unknownKeys(err); len(unknown) > 0 {
+		return invalid("%s: unknown key %q: remove it, or use the tatami-guest that knows it", name, unknown[0])
 	}
 	if err != nil {
 		return invalid("%s: %v", name, err)
 	}
+	return c.checkVersion(name)
+}
+
+func (c *Config) checkVersion(name string) error {
 	if c.Version != Version {
 		return invalid("%s: version is %d: this tatami-guest reads version = %d", name, c.Version, Version)
 	}
 	return nil
+}
+
+// unknownKeys lists the keys that decoding had no place for; none for any other
+// error.
+func unknownKeys(err error) (keys []string) {
+	var unknown *toml.StrictMissingError
+	if errors.As(err, &unknown) {
+		for _, e := range unknown.Errors {
+			keys = append(keys, strings.Join(e.Key(), "."))
+		}
+	}
+	return keys
 }
 
 func (c *Config) parseCmdline(cmdline string) error {

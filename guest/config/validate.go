@@ -51,7 +51,7 @@ func (c *Config) checkAddresses() error {
 func (c *Config) checkPaths() error {
 	named := map[string]string{
 		"state_dir": c.StateDir, "store_dir": c.StoreDir,
-		"cdh_socket": c.CDHSocket, "cdh_forward": c.CDHForward,
+		"cdh_socket": c.CDHSocket, "cdh_forward": c.CDHForward, "cdh_forward_config": c.CDHForwardConfig,
 	}
 	for key, p := range named {
 		if p != "" && !filepath.IsAbs(p) {
@@ -60,6 +60,17 @@ func (c *Config) checkPaths() error {
 	}
 	if c.StateDir == "" {
 		return fmt.Errorf("state_dir is empty: name a directory that lives as long as the machine, such as /run/tatami")
+	}
+	return c.checkForward()
+}
+
+// checkForward looks for a hub that would take our socket, or call itself.
+func (c *Config) checkForward() error {
+	switch {
+	case c.CDHForward == "" && c.CDHForwardConfig != "":
+		return fmt.Errorf("cdh_forward_config is set: name the socket of that Confidential Data Hub as cdh_forward")
+	case c.CDHForward != "" && filepath.Clean(c.CDHForward) == filepath.Clean(c.CDHSocket):
+		return fmt.Errorf("cdh_forward is %q, the same as cdh_socket: let the Confidential Data Hub listen elsewhere", c.CDHForward)
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -41,21 +42,24 @@ func runSupervisor(ctx context.Context, cfg *config.Config, args []string, log *
 	defer cancel()
 	s := &supervisor{cfg: cfg, log: log}
 	defer s.close()
-	if err := s.prepare(); err != nil {
-		return err
-	}
 	self, err := program()
 	if err != nil {
 		return err
 	}
+	// kata-agent looks for its socket once, soon after it has started us: that
+	// comes before all that calls can wait for.
+	if err := s.listen(ctx, cancel); err != nil {
+		return err
+	}
+	log.Info("started", "version", version(), "listen", cfg.Listen)
+	if err := notifyReady(); err != nil {
+		log.Warn("tell the service manager", "error", err)
+	}
+	s.cleanUpEarlier()
 	fuse, err := session.Open(session.Config{Dir: sessionDir(cfg), Log: log})
 	if err != nil {
 		return err
 	}
-	if err := s.listen(ctx, cancel); err != nil {
-		return errors.Join(err, fuse.Close())
-	}
-	log.Info("started", "version", version(), "listen", cfg.Listen)
 	working, endWork := context.WithCancel(context.WithoutCancel(ctx))
 	defer endWork()
 	// Containers end before the file systems below them.
@@ -88,27 +92,30 @@ func restarts(ctx context.Context) <-chan struct{} {
 	return restart
 }
 
-// prepare removes what an earlier supervisor left.
-func (s *supervisor) prepare() error {
-	if err := os.MkdirAll(s.cfg.StateDir, 0o700); err != nil {
-		return fmt.Errorf("make state_dir: %w", err)
-	}
+// cleanUpEarlier removes what an earlier supervisor left.
+func (s *supervisor) cleanUpEarlier() {
 	if err := s.cleanUp(context.Background()); err != nil {
 		s.log.Warn("clean up after an earlier tatami-guest", "error", err)
 	}
-	return nil
 }
 
 func (s *supervisor) cleanUp(ctx context.Context) error {
 	return errors.Join(mount.Clean(s.cfg.StateDir, s.log), unpack.Remove(ctx, unpackedDir(s.cfg)))
 }
 
-// listen opens all sockets, those of the worker first.
+// listen opens all sockets, that of kata-agent when calls to it can reach the
+// worker.
 func (s *supervisor) listen(ctx context.Context, powerOff func()) error {
+	if err := os.MkdirAll(s.cfg.StateDir, 0o700); err != nil {
+		return fmt.Errorf("make state_dir: %w", err)
+	}
 	for _, addr := range append([]string{"unix:" + workerSocket(s.cfg)}, s.cfg.Listen...) {
 		if err := s.sockets.listenFor(addr); err != nil {
 			return err
 		}
+	}
+	if err := s.configureHub(); err != nil {
+		return err
 	}
 	if s.cfg.CDHSocket != "" {
 		if err := s.serveCDH(ctx); err != nil {
@@ -117,6 +124,30 @@ func (s *supervisor) listen(ctx context.Context, powerOff func()) error {
 	}
 	if s.cfg.Runner {
 		return s.serveRunner(ctx, powerOff)
+	}
+	return nil
+}
+
+// configureHub writes the configuration of the real Confidential Data Hub.
+func (s *supervisor) configureHub() (err error) {
+	if s.cfg.CDHForwardConfig == "" {
+		return nil
+	}
+	var theirs []byte
+	if s.cfg.CDHConfig != "" {
+		if theirs, err = os.ReadFile(s.cfg.CDHConfig); err != nil {
+			return fmt.Errorf("read the Confidential Data Hub's configuration: %w", err)
+		}
+	}
+	out, err := config.HubConfig(s.cfg.CDHConfig, theirs, s.cfg.CDHForward, cmdline())
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(s.cfg.CDHForwardConfig), 0o755); err != nil { //nolint:gosec // of a file that is readable for its owner only
+		return fmt.Errorf("write the Confidential Data Hub's configuration: %w", err)
+	}
+	if err := os.WriteFile(s.cfg.CDHForwardConfig, out, 0o600); err != nil {
+		return fmt.Errorf("write the Confidential Data Hub's configuration: %w", err)
 	}
 	return nil
 }

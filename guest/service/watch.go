@@ -92,6 +92,7 @@ func (g *Guest) Watch(ctx context.Context) error {
 	}()
 	// The kernel marks a changed mount table as an exception (proc(5)).
 	fds := []unix.PollFd{{Fd: int32(info), Events: unix.POLLPRI}, {Fd: int32(wake), Events: unix.POLLIN}}
+	g.sweep(ctx) // what was unmounted while nobody watched
 	for ctx.Err() == nil {
 		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
 			return fmt.Errorf("watch mounts: %w", err)

@@ -49,6 +49,7 @@ type Mounter struct {
 	mounts   map[string]*Record
 	lowers   map[digest.Digest]*lower // mounted or being mounted
 	draining map[uint64]*lower        // by node
+	raws     map[digest.Digest]*lower // exposed as files
 	session  sessionRecord
 }
 
@@ -72,7 +73,7 @@ func New(cfg Config) (*Mounter, error) {
 	}
 	m := &Mounter{
 		cfg: cfg, log: cfg.Log, table: t, ended: make(chan struct{}),
-		mounts: make(map[string]*Record), lowers: make(map[digest.Digest]*lower), draining: make(map[uint64]*lower),
+		mounts: make(map[string]*Record), lowers: make(map[digest.Digest]*lower), draining: make(map[uint64]*lower), raws: make(map[digest.Digest]*lower),
 	}
 	m.server, err = imagefs.New(imagefs.Config{
 		Link: cfg.Link, Offer: cfg.Link.Offer(),

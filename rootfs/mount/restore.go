@@ -77,6 +77,10 @@ func (m *Mounter) restoreImage(img imageRecord, mounts mountTable, records []Rec
 		return errors.Join(removeLowerDir(m.table.lower(img.Manifest)), m.table.removeImage(img.Node))
 	}
 	lw := newLower(img, nil)
+	if img.Path == RawPath {
+		lw.file = m.reopen(img, records, open)
+		return m.addRaw(lw)
+	}
 	if img.Released {
 		close(lw.released)
 	} else {

@@ -263,19 +263,36 @@ func (t *Table) List() []Record {
 
 // Unmount undoes Mount. An unknown id is ErrNotFound.
 func (t *Table) Unmount(ctx context.Context, id string) error {
+	return t.unmount(ctx, id, func(Record) bool { return true })
+}
+
+// unmount undoes a mount if that is still due when nobody else works on its
+// image.
+func (t *Table) unmount(ctx context.Context, id string, due func(Record) bool) error {
 	r, ok := t.Get(id)
 	if !ok {
-		return fmt.Errorf("unmount %s: no such mount: %w", id, errdefs.ErrNotFound)
+		return notFound(id)
 	}
 	unlock, err := t.images.Lock(ctx, r.Manifest.String())
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if err := t.drop(id, r.Target); err != nil {
+	now, ok := t.Get(id)
+	if !ok || now.Manifest != r.Manifest {
+		return notFound(id)
+	}
+	if !due(now) {
+		return nil
+	}
+	if err := t.drop(id, now.Target); err != nil {
 		return err
 	}
-	return t.removeUnused(r.Manifest)
+	return t.removeUnused(now.Manifest)
+}
+
+func notFound(id string) error {
+	return fmt.Errorf("unmount %s: no such mount: %w", id, errdefs.ErrNotFound)
 }
 
 // drop undoes mount, also when that came half way.
@@ -303,14 +320,17 @@ func (t *Table) removeUnused(m digest.Digest) error {
 }
 
 // Sweep forgets mounts whose target was unmounted by somebody else, as
-// kata-agent does when a container is removed.
+// kata-agent does when a container is removed. One that was made again
+// meanwhile stays.
 func (t *Table) Sweep(ctx context.Context) error {
 	var errs []error
+	gone := func(r Record) bool { return !isMountPoint(r.Target) }
 	for _, r := range t.List() {
-		if !isMountPoint(r.Target) {
-			if err := t.Unmount(ctx, r.ID); !errdefs.IsNotFound(err) {
-				errs = append(errs, err)
-			}
+		if !gone(r) {
+			continue
+		}
+		if err := t.unmount(ctx, r.ID, gone); !errdefs.IsNotFound(err) {
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)

@@ -58,7 +58,8 @@ func TestLazyFetchesLittle(t *testing.T) {
 	}
 }
 
-// TestManyFiles looks at every one of 50,000 files in a virtual machine.
+// TestManyFiles looks at every one of 50,000 files in a virtual machine, and
+// reads every tenth: each is a request of its own, slow under emulation.
 func TestManyFiles(t *testing.T) {
 	need(t, places[0].needs...)
 	r := newRig(t)
@@ -66,9 +67,9 @@ func TestManyFiles(t *testing.T) {
 	l := layer(t, formats[0].make, append(busybox(t), manyFiles(n)...)...)
 	r.reg.PushImage("many", "v1", registrytest.Image{Layers: []registrytest.Layer{l}, Config: shell()})
 	res := r.must(job{vm: "qemu", image: r.ref("many:v1"),
-		command: []string{"/bin/sh", "-c", "find /many -type f | wc -l; find /many -type f -print0 | xargs -0 cat | sort | sha256sum"}})
+		command: []string{"/bin/sh", "-c", "find /many -type f -size -2 | wc -l; find /many -type f -name '*0' -print0 | xargs -0 cat | sort | sha256sum"}})
 	var lines []string
-	for i := range n {
+	for i := 0; i < n; i += 10 {
 		lines = append(lines, fmt.Sprintf("file %d\n", i))
 	}
 	sorted := sha256.Sum256([]byte(strings.Join(slices.Sorted(slices.Values(lines)), "")))

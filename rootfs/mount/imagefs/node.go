@@ -33,6 +33,9 @@ type Node struct {
 	File File
 	// Sealed refuses to open the file again; see Seal.
 	Sealed bool
+	// Cached lets the kernel keep the file's pages, for readers that share
+	// them; what EROFS reads is cached there.
+	Cached bool
 }
 
 type node struct {

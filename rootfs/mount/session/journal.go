@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
 	"sync"
@@ -53,6 +54,38 @@ func newJournal(s *Session) (*journal, error) {
 		pending:  make(map[uint64]*pendingRequest),
 		attached: make(chan struct{}),
 	}, nil
+}
+
+// recall remembers the requests that an earlier supervisor left unanswered.
+func (j *journal) recall(requests [][]byte) error {
+	for _, msg := range requests {
+		h, err := parseHeader(msg)
+		if err != nil {
+			return err
+		}
+		j.record(h, msg)
+	}
+	return nil
+}
+
+// unanswered returns the requests that no worker has acknowledged, each with
+// its interrupt behind it, in their order.
+func (j *journal) unanswered() [][]byte {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	var all [][]byte
+	for _, p := range j.inOrder() {
+		all = append(all, p.msg)
+		if p.interrupt != nil {
+			all = append(all, p.interrupt)
+		}
+	}
+	return all
+}
+
+// inOrder lists what is unanswered as it came. Precondition: mu is held.
+func (j *journal) inOrder() []*pendingRequest {
+	return slices.SortedFunc(maps.Values(j.pending), func(a, b *pendingRequest) int { return cmp.Compare(a.order, b.order) })
 }
 
 // run passes requests on until ctx is done (nil) or the session is over
@@ -130,11 +163,7 @@ func (j *journal) record(h header, msg []byte) *os.File {
 // from then. The journal owns link until detach.
 func (j *journal) attach(link *os.File) {
 	j.mu.Lock()
-	again := make([]*pendingRequest, 0, len(j.pending))
-	for _, p := range j.pending {
-		again = append(again, p)
-	}
-	slices.SortFunc(again, func(a, b *pendingRequest) int { return cmp.Compare(a.order, b.order) })
+	again := j.inOrder()
 	j.link = link
 	close(j.attached)
 	j.mu.Unlock()

@@ -46,6 +46,9 @@ type Session struct {
 	fuse    *os.File // blocking, never read by the supervisor after INIT
 	log     *slog.Logger
 
+	workers int      // that it has had; of the supervisor
+	pending [][]byte // requests that an earlier supervisor left unanswered (Journal)
+
 	closed    atomic.Bool
 	closeOnce sync.Once
 	closeErr  error

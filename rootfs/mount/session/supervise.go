@@ -36,6 +36,11 @@ type SuperviseConfig struct {
 	// unmounted, under a context of its own. It undoes what the worker left,
 	// and must not read anything that lies on the session. May be nil.
 	Cleanup func(context.Context) error
+	// Keep, if not empty, is a file that describes the session to a later
+	// supervisor (Resume), which the session is then left to: when ctx is done,
+	// nothing is cleaned up and nothing unmounted. Somebody must hold the
+	// session's Descriptor meanwhile.
+	Keep string
 	// Restarts, if not nil, counts the workers that were started again.
 	Restarts *atomic.Int64
 	Log      *slog.Logger // nil: silent
@@ -76,14 +81,20 @@ func Supervise(ctx context.Context, cfg SuperviseConfig) error {
 	// this one has to stay.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	if err := s.keep(); err != nil {
+		return errors.Join(err, s.end())
+	}
 	err := s.serve(ctx)
+	if err == nil && s.Keep != "" {
+		return s.leave()
+	}
 	return errors.Join(err, s.end())
 }
 
 type supervisor struct {
 	SuperviseConfig
 	journal   *journal       // only with Journal
-	started   int            // workers so far
+	started   int            // workers of this supervisor so far
 	processes sync.WaitGroup // goroutines that wait for a process
 }
 
@@ -96,6 +107,9 @@ func (s *supervisor) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := j.recall(s.Session.pending); err != nil {
+		return errors.Join(err, j.close())
+	}
 	s.journal = j
 	g, gctx := errgroup.WithContext(ctx)
 	inner, stop := context.WithCancel(gctx)
@@ -106,6 +120,7 @@ func (s *supervisor) serve(ctx context.Context) error {
 	err = s.runWorkers(inner)
 	stopPassing()
 	jerr := g.Wait()
+	s.Session.pending = j.unanswered()
 	if jerr != nil {
 		err = jerr
 	}
@@ -122,6 +137,7 @@ func (s *supervisor) runWorkers(ctx context.Context) error {
 			return err
 		}
 		s.started++
+		s.Session.workers++
 		if err != nil {
 			s.Log.Error("worker not started", "err", err)
 		} else if stop, err := s.watch(ctx, w); stop {
@@ -215,6 +231,28 @@ func (s *supervisor) terminate(w *worker) {
 		<-w.gone
 	}
 	s.detach()
+}
+
+// keep describes the session to a later supervisor, also to one that comes after
+// a crash of this one.
+func (s *supervisor) keep() error {
+	if s.Keep == "" {
+		return nil
+	}
+	return s.Session.keep(s.Keep)
+}
+
+// leave ends the supervising and nothing else. A worker that is stuck in the
+// kernel until the next one answers is not waited for.
+func (s *supervisor) leave() error {
+	err := s.keep()
+	reaped := make(chan struct{})
+	go func() { s.processes.Wait(); close(reaped) }() // ends with the processes
+	select {
+	case <-reaped:
+	case <-time.After(stuckAfter):
+	}
+	return errors.Join(err, s.Session.leave())
 }
 
 // end undoes what the worker left and unmounts the session.

@@ -40,7 +40,7 @@ func (w *worker) state() string {
 
 // start launches the next worker and hands the session over to it.
 func (s *supervisor) start() (*worker, error) {
-	if s.started > 0 && s.journal == nil {
+	if s.Session.workers > 0 && s.journal == nil {
 		if err := s.Session.resend(); err != nil {
 			return nil, err
 		}
@@ -74,12 +74,12 @@ func (s *supervisor) start() (*worker, error) {
 	if link != nil {
 		s.journal.attach(link)
 	}
-	s.Log.Info("worker started", "pid", cmd.Process.Pid, "restarts", s.started, "mode", s.Session.mode)
+	s.Log.Info("worker started", "pid", cmd.Process.Pid, "restarts", s.Session.workers, "mode", s.Session.mode)
 	return s.watchProcess(cmd, life), nil
 }
 
 func (s *supervisor) command(files []*os.File) (*exec.Cmd, error) {
-	h := handover{Dir: s.Session.dir, ID: s.Session.id, Mode: s.Session.mode, Offer: s.Session.offer, Restarts: s.started}
+	h := handover{Dir: s.Session.dir, ID: s.Session.id, Mode: s.Session.mode, Offer: s.Session.offer, Restarts: s.Session.workers}
 	for _, f := range s.ExtraFiles {
 		h.Extra = append(h.Extra, f.Name())
 	}

@@ -1,0 +1,249 @@
+package snapshotter
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+)
+
+// Names in the directory of a snapshot. The Go runtime and containerd's
+// snapshotters call the image for writes "rwlayer.img" too.
+const (
+	upperDir  = "fs"
+	workDir   = "work"
+	lowerLink = "lower" // to where the node mounts the image; an empty directory when it cannot
+	upperFile = "rwlayer.img"
+)
+
+const (
+	draftPrefix = "new-"
+	trashPrefix = "old-"
+)
+
+// draft is a snapshot being made, in a directory with a temporary name.
+type draft struct {
+	s       *Snapshotter
+	request *request
+	base    base
+	token   string // random; of the directory and the holder
+	record  record
+	given   given
+}
+
+// given is what the node gives a snapshot.
+type given struct {
+	lower string // where the image is mounted; "" when it is not
+	file  string // the one-file image
+}
+
+func (s *Snapshotter) newDraft(r *request, b base) *draft {
+	d := &draft{s: s, request: r, base: b, token: strings.ToLower(rand.Text())}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.drafts[d.token] = true
+	return d
+}
+
+// close undoes everything when err says that the snapshot was not made.
+func (d *draft) close(ctx context.Context, err error) {
+	if err != nil {
+		ctx, cancel := undoing(ctx)
+		defer cancel()
+		if err := errors.Join(d.release(ctx), os.RemoveAll(d.path())); err != nil {
+			d.s.log.Warn("a snapshot that was not made left something behind; Cleanup tries again", "key", d.request.key, "error", err)
+		}
+	}
+	d.s.mu.Lock()
+	defer d.s.mu.Unlock()
+	delete(d.s.drafts, d.token)
+}
+
+func (d *draft) path(name ...string) string {
+	return d.s.path(draftPrefix+d.token, name...)
+}
+
+func (d *draft) release(ctx context.Context) error {
+	if d.record.holder == "" {
+		return nil
+	}
+	return d.s.cfg.Images.Release(ctx, d.record.holder)
+}
+
+// furnish makes the directory in the first mode that works.
+func (d *draft) furnish(ctx context.Context) error {
+	if err := os.Mkdir(d.path(), 0o700); err != nil {
+		return err
+	}
+	d.s.cfg.step("directory")
+	if err := d.makeUpper(); err != nil {
+		return err
+	}
+	tries, reason := d.s.plan(d.request, d.base)
+	d.record.reason = reason
+	d.record.chain = d.base.chain
+	for i, mode := range tries {
+		err := d.take(ctx, mode)
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil || i == len(tries)-1 || errdefs.IsInvalidArgument(err) {
+			return fmt.Errorf("mode %s: %w", mode, err)
+		}
+		if err := d.release(ctx); err != nil {
+			return err
+		}
+		d.s.log.Warn("a container gets another mode", "key", d.request.key, "mode", mode, "next", tries[i+1], "error", err)
+		d.record.reason = reasonOf(fmt.Errorf("%s: %w", mode, err))
+	}
+	return d.adopt()
+}
+
+// makeUpper makes the directories for writes, as containerd's overlayfs
+// snapshotter does.
+func (d *draft) makeUpper() error {
+	if err := os.Mkdir(d.path(upperDir), 0o755); err != nil {
+		return err
+	}
+	if err := os.Chmod(d.path(upperDir), 0o755); err != nil { // whatever the umask
+		return err
+	}
+	if d.request.kind != snapshots.KindActive {
+		return nil
+	}
+	return os.Mkdir(d.path(workDir), 0o711)
+}
+
+// take asks the node for what the mode needs.
+func (d *draft) take(ctx context.Context, mode Mode) (err error) {
+	d.record.mode = mode
+	if d.record.remote() {
+		d.record.holder = d.s.cfg.Name + "." + d.token
+		if d.given, err = d.s.hold(ctx, d.record); err != nil {
+			return err
+		}
+		d.s.cfg.step("held")
+	}
+	switch {
+	case mode == Block && d.request.kind == snapshots.KindActive:
+		return d.makeUpperFile(ctx)
+	case d.given.lower != "":
+		return os.Symlink(d.given.lower, d.path(lowerLink))
+	case mode == Guest:
+		return os.Mkdir(d.path(lowerLink), 0o755)
+	}
+	return nil
+}
+
+// hold asks the node for what a snapshot with the record needs. Again for the
+// same holder, it gets the same.
+func (s *Snapshotter) hold(ctx context.Context, r record) (g given, err error) {
+	if r.mode == Block {
+		g.file, err = s.cfg.Images.File(ctx, r.holder, r.chain)
+		return g, err
+	}
+	g.lower, err = s.cfg.Images.Mount(ctx, r.holder, r.chain)
+	if r.mode == Guest && errdefs.IsNotImplemented(err) {
+		// The guest does not need it; containerd finds no /etc/passwd then.
+		s.log.Warn("the host cannot mount images, so users of containers need numbers", "manifest", r.chain.Manifest, "error", err)
+		return given{}, nil
+	}
+	return g, err
+}
+
+// adopt gives the upper directory the owner and mode of the directory that it
+// covers, the image's root.
+func (d *draft) adopt() error {
+	covered := d.given.lower
+	if len(d.base.full) > 0 {
+		covered = d.s.path(d.base.full[0], upperDir)
+	}
+	uid, gid, mapped, err := mappedRoot(d.request.labels)
+	if err != nil || covered == "" && !mapped {
+		return err
+	}
+	if covered != "" {
+		st, err := os.Stat(covered)
+		if err != nil {
+			return err
+		}
+		if sys, ok := st.Sys().(*syscall.Stat_t); ok && !mapped {
+			uid, gid = int(sys.Uid), int(sys.Gid)
+		}
+		if err := os.Chmod(d.path(upperDir), st.Mode()); err != nil {
+			return err
+		}
+	}
+	return os.Lchown(d.path(upperDir), uid, gid)
+}
+
+// insert writes the record and gives the directory its name. When the metadata
+// does not keep it after all, the directory is a leftover: its number may
+// already be another one's.
+func (d *draft) insert(ctx context.Context) (id string, err error) {
+	err = d.s.update(ctx, func(ctx context.Context) error {
+		r := d.request
+		made, err := storage.CreateSnapshot(ctx, r.kind, r.key, r.parent, snapshots.WithLabels(d.record.addTo(r.labels)))
+		if err != nil {
+			return fmt.Errorf("create snapshot %q: %w", r.key, err)
+		}
+		now, err := find(ctx, r.parent)
+		if err != nil {
+			return err
+		}
+		if !slices.Equal(now.full, d.base.full) || now.chain != d.base.chain {
+			return fmt.Errorf("parent %q of snapshot %q was replaced meanwhile; try again: %w", r.parent, r.key, errdefs.ErrUnavailable)
+		}
+		id = made.ID
+		d.s.cfg.step("inserted")
+		return d.rename(id)
+	})
+	return id, err
+}
+
+// rename gives the directory the name of the record. A transaction that failed
+// may have left a directory there: without a record it is nobody's.
+func (d *draft) rename(id string) error {
+	if err := os.RemoveAll(d.s.path(id)); err != nil {
+		return err
+	}
+	if err := os.Rename(d.path(), d.s.path(id)); err != nil {
+		return err
+	}
+	d.s.cfg.step("renamed")
+	return nil
+}
+
+func (d *draft) layout(id string) layout {
+	return layout{id: id, kind: d.request.kind, record: d.record, base: d.base, given: d.given}
+}
+
+// link points the snapshot's link to where the image is mounted now.
+func (s *Snapshotter) link(id, lower string) error {
+	path := s.path(id, lowerLink)
+	switch now, err := os.Readlink(path); {
+	case err == nil && now == lower:
+		return nil
+	case errors.Is(err, syscall.EINVAL): // the directory of a host that could not mount
+		if err := os.Remove(path); err != nil {
+			return err
+		}
+	}
+	temp := filepath.Join(filepath.Dir(path), "."+strings.ToLower(rand.Text()))
+	if err := os.Symlink(lower, temp); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, path); err != nil {
+		return errors.Join(err, os.Remove(temp))
+	}
+	return nil
+}
