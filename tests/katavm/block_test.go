@@ -5,14 +5,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/gob"
-	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -38,7 +36,7 @@ func TestBlock(t *testing.T) {
 	need(t)
 	dir := tempDir(t)
 	r := &blockRig{host: startHost(t), img: pushImage(t, startRegistry(t), "block", 7, eStargz), upper: filepath.Join(t.TempDir(), "rwlayer.img")}
-	r.file = lazyFile(t, r.host, r.img.ref)
+	r.file = lazyFile(t, r.img)
 	run(t, "mkfs.ext4", "-q", r.upper, "64M")
 	r.sandbox = shim.Start(t, shim.Config{ID: sandboxID, RunDir: filepath.Join(dir, "kata"), ContainerdState: filepath.Join(dir, "containerd")})
 	for _, step := range []struct {
@@ -55,33 +53,12 @@ func TestBlock(t *testing.T) {
 	}
 }
 
-// lazyFile mounts an image on the node and returns its image file.
-func lazyFile(t *testing.T, h *host, ref string) string {
+// lazyFile is the image as one EROFS file.
+func lazyFile(t *testing.T, img testImage) string {
 	t.Helper()
-	dir, target := tempDir(t), t.TempDir()
-	cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "tatami"), "mount", "--root", h.root, ref, target)
-	cmd.Env = append(os.Environ(), "TMPDIR="+dir)
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.WaitDelay = 30 * time.Second
-	cmd.Stderr = os.Stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cmd.Wait() }) // t.Context has ended it
-	var file string
-	waitFor(t, func() error {
-		found, err := filepath.Glob(filepath.Join(dir, "tatami-*", "state", "fuse", "*.erofs"))
-		if err == nil && len(found) != 1 {
-			err = fmt.Errorf("image files %v", found)
-		}
-		if _, err2 := os.Stat(filepath.Join(target, "etc/name")); err2 != nil {
-			err = errors.Join(err, err2)
-		}
-		if err == nil {
-			file = found[0]
-		}
-		return err
-	})
+	dir, file := t.TempDir(), filepath.Join(t.TempDir(), "image.erofs")
+	run(t, "tar", "--extract", "--file", img.tar, "--directory", dir, "--numeric-owner", "--same-permissions", "--delay-directory-restore")
+	run(t, "mkfs.erofs", "--quiet", file, dir)
 	return file
 }
 
@@ -158,9 +135,37 @@ func (r *blockRig) testMemoryUpper(t *testing.T) {
 	}
 }
 
+// testRemoval removes the containers: QEMU lets go of their files. The agent of
+// Kata 4.1.0 fails to remove one with a multi-layer root file system: it deletes
+// the bundle with all below it before it unmounts the layers that are mounted
+// there (LinuxContainer::destroy comes before remove_container_resources). The
+// shim unplugs the disks all the same.
 func (r *blockRig) testRemoval(t *testing.T) {
 	for _, id := range []string{"disk", "memory", "memory-2"} {
-		t.Log(id, r.sandbox.Remove(t.Context(), id))
+		if err := r.sandbox.Remove(t.Context(), id); err == nil || !strings.Contains(err.Error(), "read-only file system") {
+			t.Errorf("%s: %v, want the agent's own failure", id, err)
+		}
 	}
-	t.Log(shell(t, r.sandbox, "grep -E 'kata-containers' /proc/mounts; find /run/kata-containers | head -50"))
+	for _, file := range []string{r.file, r.upper} {
+		if open := openFiles(t, r.sandbox.PID()); slices.Contains(open, file) {
+			t.Errorf("QEMU has %s open still", file)
+		}
+	}
+}
+
+// openFiles lists what a process has open.
+func openFiles(t *testing.T, pid int) []string {
+	t.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var files []string
+	for _, e := range entries {
+		if target, err := os.Readlink(filepath.Join(dir, e.Name())); err == nil { // it may be closed by now
+			files = append(files, target)
+		}
+	}
+	return files
 }

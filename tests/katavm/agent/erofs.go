@@ -155,7 +155,13 @@ func diskAtPCI(ctx context.Context, path string) (string, error) {
 		if len(found) != 1 {
 			return "", fmt.Errorf("no disk at PCI path %s", path)
 		}
-		return filepath.Join("/dev", filepath.Base(found[0])), nil
+		// The agent waits for the kernel's event; before that, opening fails.
+		dev := filepath.Join("/dev", filepath.Base(found[0]))
+		f, err := os.Open(dev)
+		if err != nil {
+			return "", err
+		}
+		return dev, f.Close()
 	})
 }
 

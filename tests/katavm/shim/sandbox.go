@@ -10,6 +10,7 @@ import (
 	"compress/gzip"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -254,20 +255,21 @@ func (s *Sandbox) Exec(ctx context.Context, id string, args ...string) (out kata
 	return out, s.call(ctx, kata.PathExec, kata.ExecRequest{ContainerID: id, Args: args}, &out)
 }
 
-// Remove removes a container, as the agent's RemoveContainer and containerd do.
+// Remove removes a container: the agent's part, then the disks, then containerd's
+// bundle. An error of the agent is returned in the end; as in the real shim it
+// stops nothing (src/runtime-rs/crates/runtimes/virt_container/src/
+// container_manager/container_inner.rs, cleanup_container with force).
 func (s *Sandbox) Remove(ctx context.Context, id string) error {
-	if err := s.call(ctx, kata.PathRemove, kata.ContainerRequest{ContainerID: id}, nil); err != nil {
-		return err
-	}
+	agentErr := s.call(ctx, kata.PathRemove, kata.ContainerRequest{ContainerID: id}, nil)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, n := range s.plugs[id] {
 		if err := s.qmp.detach(port(n)); err != nil {
-			return err
+			return errors.Join(agentErr, err)
 		}
 	}
 	delete(s.plugs, id)
-	return os.RemoveAll(s.bundle(id))
+	return errors.Join(agentErr, os.RemoveAll(s.bundle(id)))
 }
 
 // Shell runs a script in the guest, beside the containers.
