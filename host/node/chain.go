@@ -1,0 +1,186 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tatami-containers/tatami/rootfs/bootstrap"
+	"github.com/tatami-containers/tatami/rootfs/image"
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/store"
+)
+
+// Has says whether an image is on the node.
+func (n *Node) Has(manifest digest.Digest) bool {
+	_, ok := n.known(manifest)
+	return ok
+}
+
+// PrepareManifest is Prepare for who knows already which manifest ref means. The
+// tag is still asked first, as an image index may bind what makes preparing
+// cheap; where it means something else by now, the digest counts.
+func (n *Node) PrepareManifest(ctx context.Context, ref string, manifest digest.Digest) (*Prepared, error) {
+	named, err := image.ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	if n.Has(manifest) {
+		n.mu.Lock()
+		r := n.images[manifest]
+		n.mu.Unlock()
+		if r != nil && r.countsFor(named) {
+			return n.prepared(named, manifest)
+		}
+	}
+	if _, tagged := named.(reference.Tagged); tagged {
+		if p, err := n.Prepare(ctx, ref, ""); err == nil && p.Manifest == manifest {
+			return p, nil
+		}
+	}
+	pinned, err := reference.WithDigest(reference.TrimNamed(named), manifest)
+	if err != nil {
+		return nil, fmt.Errorf("pin %s to %s: %w: %w", ref, manifest, err, errdefs.ErrInvalidArgument)
+	}
+	return n.Prepare(ctx, pinned.String(), "")
+}
+
+// DiffIDs lists the digests of the image's plain layers, the lowest first.
+func (p *Prepared) DiffIDs() ([]digest.Digest, error) {
+	var config ocispec.Image
+	if err := json.Unmarshal(p.Config, &config); err != nil {
+		return nil, fmt.Errorf("configuration of image %s: %w: %w", p.Manifest, err, errdefs.ErrInvalidArgument)
+	}
+	return config.RootFS.DiffIDs, nil
+}
+
+// LeaseManifest takes a lease on an image that is on the node, by its manifest.
+// Missing bytes come from ref's repository.
+func (n *Node) LeaseManifest(ctx context.Context, ref string, manifest digest.Digest) (*Lease, error) {
+	named, err := image.ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	return n.lease(ctx, named, manifest)
+}
+
+// File is an image as one address space, and the right to read it.
+type File struct {
+	image *store.Image
+	close func() error
+}
+
+// ReadAt reads verified bytes, fetching what is missing.
+func (f *File) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	return f.image.ReadAt(ctx, p, off)
+}
+
+// Size is the length of the one-file image in bytes.
+func (f *File) Size() int64 { return f.image.Size() }
+
+// Close ends the right to read. It is idempotent.
+func (f *File) Close() error { return f.close() }
+
+// File turns the lease into a file; closing that closes the lease.
+func (l *Lease) File() *File {
+	return &File{l.open, func() error { l.Close(); return nil }}
+}
+
+// Prefix opens the lowest count layers of an image as an image of their own:
+// what another image sees that has these layers, too. The file owns the
+// lease, also when Prefix fails.
+func (l *Lease) Prefix(ctx context.Context, count int) (*File, error) {
+	f, err := l.prefix(ctx, count)
+	if err != nil {
+		l.Close()
+		return nil, fmt.Errorf("open the lowest %d layers of image %s: %w", count, l.Manifest(), err)
+	}
+	return f, nil
+}
+
+func (l *Lease) prefix(ctx context.Context, count int) (*File, error) {
+	r := l.record
+	switch {
+	case len(r.Layers) != len(r.Blobs):
+		return nil, fmt.Errorf("the image's layers cannot be told apart (Nydus): %w", errdefs.ErrNotImplemented)
+	case count < 1 || count > len(r.Layers):
+		return nil, fmt.Errorf("it has %d layers: %w", len(r.Layers), errdefs.ErrInvalidArgument)
+	}
+	layers := make([]*index.Layer, count)
+	for i := range layers {
+		var err error
+		if layers[i], err = l.n.readLayer(r.Layers[i].key()); err != nil {
+			return nil, err
+		}
+	}
+	built, err := bootstrap.Build(prefixName(r.Manifest.Digest, count), layers)
+	if err != nil {
+		return nil, err
+	}
+	open, err := l.n.store.OpenImage(ctx, built, []store.Source{&source{n: l.n, repo: l.repo, layers: r.Layers}})
+	if err != nil {
+		return nil, err
+	}
+	return &File{open, sync.OnceValue(func() error { return l.closePrefix(open) })}, nil
+}
+
+// prefixName names the image of a prefix in the store; nothing else has it.
+func prefixName(manifest digest.Digest, count int) digest.Digest {
+	return digest.FromString(fmt.Sprintf("%s, lowest %d layers", manifest, count))
+}
+
+// closePrefix also takes the prefix out of the store, unless it is open
+// elsewhere.
+func (l *Lease) closePrefix(open *store.Image) error {
+	defer l.Close()
+	name := open.Manifest()
+	err := open.Close()
+	rerr := l.n.store.Remove(name)
+	if errdefs.IsNotFound(rerr) || errdefs.IsFailedPrecondition(rerr) {
+		rerr = nil
+	}
+	return errors.Join(err, rerr)
+}
+
+// LayerUsage is how many bytes the node keeps of one layer of an image (0 is
+// the lowest), if no lower one has the same data.
+func (n *Node) LayerUsage(ctx context.Context, ref string, manifest digest.Digest, layer int) (int64, error) {
+	l, err := n.LeaseManifest(ctx, ref, manifest)
+	if err != nil {
+		return 0, err
+	}
+	defer l.Close()
+	if layer < 0 || layer >= len(l.record.Blobs) {
+		return 0, fmt.Errorf("image %s has %d layers: %w", manifest, len(l.record.Blobs), errdefs.ErrInvalidArgument)
+	}
+	for _, lower := range l.record.Blobs[:layer] {
+		if lower.Digest == l.record.Blobs[layer].Digest {
+			return 0, nil
+		}
+	}
+	return l.present(ctx, l.record.Blobs[layer].Digest)
+}
+
+// present is how many bytes of a blob's segments are kept.
+func (l *Lease) present(ctx context.Context, blob digest.Digest) (int64, error) {
+	sum := int64(0)
+	for _, s := range l.open.Segments() {
+		if s.Layer != blob {
+			continue
+		}
+		seg, err := l.n.store.OpenSegment(ctx, &s, nil)
+		if err != nil {
+			return 0, err
+		}
+		sum += seg.Present()
+		_ = seg.Close() // nothing was written
+	}
+	return sum, nil
+}
