@@ -129,8 +129,10 @@ func TestRefused(t *testing.T) {
 }
 
 func TestMissingFile(t *testing.T) {
-	if _, _, err := Load([]string{"-c", "/does/not/exist"}, "", io.Discard); err == nil {
-		t.Error("a named file that is missing was accepted")
+	for _, flag := range []string{"--config", "--cdh-config", "-c"} {
+		if _, _, err := Load([]string{flag, "/does/not/exist"}, "", io.Discard); err == nil {
+			t.Errorf("%s with a file that is missing was accepted", flag)
+		}
 	}
 }
 

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -123,35 +122,6 @@ func TestContainersAtTheSameTime(t *testing.T) {
 	if err != nil || len(list.Mounts) != 3 {
 		t.Errorf("%v, %v", list, err)
 	}
-}
-
-// TestTheAgentUnmounts: kata-agent unmounts by itself and tells nobody.
-func TestTheAgentUnmounts(t *testing.T) {
-	n := newNode(t)
-	n.add("c1", sampleRef, n.pushSample("sample"), "host")
-	n.add("c2", sampleRef, n.pushSample("sample"), "host")
-	g := startGuest(t, n)
-	root := g.mustPull("c1", sampleRef)
-	full := g.path("c2")
-	if _, err := g.Mount(t.Context(), &api.MountRequest{Id: "c2", Target: full, Mode: api.Mode_MODE_FULL}); err != nil {
-		t.Fatal(err)
-	}
-	for _, target := range []string{root, full} {
-		if err := unix.Unmount(target, 0); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for range 500 {
-		list, err := g.List(t.Context(), &api.ListRequest{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(list.Mounts) == 0 {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Error("the mounts stayed")
 }
 
 func TestFallbacks(t *testing.T) {
@@ -352,21 +322,4 @@ func newHub(t *testing.T) string {
 	go func() { done <- srv.Serve(context.Background(), l) }()
 	t.Cleanup(func() { _, _ = srv.Close(), <-done })
 	return path
-}
-
-// TestPullAgainAfterTheAgentUnmounted asks for a container again at once after
-// its mount was undone by somebody else: the record alone is no answer.
-func TestPullAgainAfterTheAgentUnmounted(t *testing.T) {
-	n := newNode(t)
-	n.add("c1", sampleRef, n.pushSample("sample"), "host")
-	g := startGuest(t, n)
-	for range 5 {
-		root := g.mustPull("c1", sampleRef)
-		if _, err := os.Stat(filepath.Join(root, samplePath(0))); err != nil {
-			t.Fatal(err)
-		}
-		if err := unix.Unmount(root, 0); err != nil {
-			t.Fatal(err)
-		}
-	}
 }

@@ -3,8 +3,10 @@ package guestimage
 import (
 	"bytes"
 	"debug/elf"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 
@@ -66,6 +68,9 @@ func program(path, arch string) (b []byte, needs []string, err error) {
 // readFile reads a regular file that is not larger than a program may be.
 func readFile(path string) ([]byte, error) {
 	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -77,6 +82,5 @@ func readFile(path string) ([]byte, error) {
 	if !st.Mode().IsRegular() || st.Size() > maxProgram {
 		return nil, fmt.Errorf("%s is no regular file of at most %d MiB: %w", path, maxProgram>>20, errdefs.ErrInvalidArgument)
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxProgram))
-	return b, err
+	return io.ReadAll(io.LimitReader(f, maxProgram))
 }

@@ -29,7 +29,6 @@ Before=kata-agent.service
 [Service]
 Type=notify
 ExecStart=/usr/bin/tatami-guest
-ExecReload=/bin/kill -HUP $MAINPID
 KillMode=mixed
 LimitNOFILE=1048576
 OOMScoreAdjust=-997

@@ -1,0 +1,116 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// asPause makes the test binary pause.
+const asPause = "TATAMI_TEST_AS_PAUSE"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asPause) != "" {
+		main()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// start runs pause as the first process of a PID namespace of its own.
+func start(t *testing.T) *exec.Cmd {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: makes a PID namespace")
+	}
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
+	cmd.Env = append(os.Environ(), asPause+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return cmd
+}
+
+func TestEndsWhenAsked(t *testing.T) {
+	for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
+		cmd := start(t)
+		awaitHandler(t, cmd.Process.Pid, s)
+		if err := cmd.Process.Signal(s); err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("%v: %v", s, err)
+		}
+	}
+}
+
+// awaitHandler waits until the process catches a signal (SigCgt, proc(5)).
+func awaitHandler(t *testing.T, pid int, s syscall.Signal) {
+	t.Helper()
+	for range 1000 {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			var caught uint64
+			if n, _ := fmt.Sscanf(line, "SigCgt: %x", &caught); n == 1 && caught>>(s-1)&1 == 1 {
+				return
+			}
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Fatalf("%v is not caught", s)
+}
+
+// TestReapsOrphans lets processes that have lost their parent end in the
+// namespace; they must not stay as zombies.
+func TestReapsOrphans(t *testing.T) {
+	cmd := start(t)
+	defer func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM) // Wait says what came of it
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+	}()
+	awaitHandler(t, cmd.Process.Pid, syscall.SIGTERM)
+	const orphans = 20
+	pids := filepath.Join(t.TempDir(), "pids")
+	script := fmt.Sprintf("for i in $(seq %d); do (sleep 0.1 & echo $! >>%s); done", orphans, pids)
+	enter := exec.CommandContext(t.Context(), "nsenter", "--pid", "--target", fmt.Sprint(cmd.Process.Pid), "sh", "-c", script)
+	if out, err := enter.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if b, err := os.ReadFile(pids); err != nil || strings.Count(string(b), "\n") != orphans {
+		t.Fatalf("orphans: %q, %v", b, err)
+	}
+	var left string
+	for range 1000 {
+		if left = children(t, cmd.Process.Pid); left == "" {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Errorf("children that were not waited for: %s", left)
+}
+
+// children lists the children of all threads of a process.
+func children(t *testing.T, pid int) string {
+	t.Helper()
+	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	if err != nil || len(lists) == 0 {
+		t.Fatalf("children of %d: %v, %v", pid, lists, err)
+	}
+	var all string
+	for _, l := range lists {
+		b, _ := os.ReadFile(l) // threads come and go
+		all += string(b)
+	}
+	return all
+}
