@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"sync"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -23,11 +22,11 @@ const runtime = "/usr/bin/crun"
 
 // container is one container of the sandbox.
 type container struct {
-	id     string
-	mounts []string      // container_mounts: storages to clean up
-	done   chan struct{} // closed when the process has ended
-	once   sync.Once     // starts the process
-	output kata.Output   // valid after done
+	id      string
+	mounts  []string      // container_mounts: storages to clean up
+	started bool          // protected by agent.mu
+	done    chan struct{} // closed when the process has ended
+	output  kata.Output   // valid after done
 }
 
 // validID is verify_id of src/libs/kata-sys-util/src/validate.rs.
@@ -97,17 +96,16 @@ func (a *agent) start(_ context.Context, req kata.ContainerRequest) (none, error
 	if err != nil {
 		return none{}, err
 	}
-	started := false
-	c.once.Do(func() {
-		started = true
-		go func() {
-			defer close(c.done)
-			c.output = run(runtime, "run", "--bundle", filepath.Join(kata.ContainerBase, c.id), c.id)
-		}()
-	})
-	if !started {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if c.started {
 		return none{}, errors.New("container was started before")
 	}
+	c.started = true
+	go func() {
+		defer close(c.done)
+		c.output = run(runtime, "run", "--bundle", filepath.Join(kata.ContainerBase, c.id), c.id)
+	}()
 	return none{}, nil
 }
 

@@ -20,7 +20,7 @@ func (a *agent) remove(_ context.Context, req kata.ContainerRequest) (none, erro
 	if err != nil {
 		return none{}, err
 	}
-	if err := c.destroy(); err != nil {
+	if err := a.destroy(c); err != nil {
 		return none{}, err
 	}
 	a.mu.Lock()
@@ -41,10 +41,14 @@ func (a *agent) remove(_ context.Context, req kata.ContainerRequest) (none, erro
 // destroy is LinuxContainer::destroy of src/agent/rustjail/src/container.rs: the
 // processes are killed, the root file system is detached even if it is in use,
 // and the bundle is removed with all that is in it.
-func (c *container) destroy() error {
-	c.once.Do(func() { close(c.done) }) // it was never started
-	if out := run(runtime, "delete", "--force", c.id); out.Code != 0 {
-		return errors.New(out.Stderr)
+func (a *agent) destroy(c *container) error {
+	a.mu.Lock()
+	started := c.started
+	c.started = true // too late to start it
+	a.mu.Unlock()
+	if started {
+		run(runtime, "kill", c.id, "KILL") // it may have ended
+		<-c.done
 	}
 	bundle := filepath.Join(kata.ContainerBase, c.id)
 	rootfs := filepath.Join(bundle, "rootfs")
