@@ -11,10 +11,13 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/tatami-containers/tatami/protocols/vsock"
 )
 
 // Path is where the file is looked for when --config is not given. It may be
@@ -46,6 +49,7 @@ type Config struct {
 	Log      Log      `toml:"log"`
 	Registry Registry `toml:"registry"`
 	Relay    Relay    `toml:"relay"`
+	Kata     Kata     `toml:"kata"`
 }
 
 // Log says what is logged.
@@ -80,6 +84,23 @@ type Relay struct {
 	Stall Duration `toml:"stall"`
 }
 
+// Kata says how the sandboxes of Kata Containers are found.
+type Kata struct {
+	// Discover attaches sandboxes by themselves; without it, somebody has to
+	// say each on the control socket.
+	Discover bool `toml:"discover"`
+	// RunDirs are the directories in which Kata's shims have theirs. They need
+	// not exist.
+	RunDirs []string `toml:"run_dirs"`
+	// HostPort and RelayPort are the vsock ports at which guests expect the
+	// Host service and the relay.
+	HostPort  uint32 `toml:"host_port"`
+	RelayPort uint32 `toml:"relay_port"`
+	// ContainerdState is containerd's state directory: there it is looked up
+	// whose a container is.
+	ContainerdState string `toml:"containerd_state"`
+}
+
 // Duration is a time.Duration that is written "30s" in a file.
 type Duration time.Duration
 
@@ -104,6 +125,10 @@ func Default() Config {
 		Log:      Log{Level: "info", Format: "json"},
 		Registry: Registry{Layers: 8, Ranges: 4},
 		Relay:    Relay{Requests: 16, Stall: Duration(30 * time.Second)},
+		Kata: Kata{
+			RunDirs: []string{"/run/kata", "/run/vc/sbs"}, HostPort: vsock.HostPort, RelayPort: vsock.RelayPort,
+			ContainerdState: "/run/containerd",
+		},
 	}
 }
 
@@ -181,6 +206,9 @@ func (c *Config) check() error {
 	if err := c.checkNumbers(); err != nil {
 		return err
 	}
+	if err := c.Kata.check(); err != nil {
+		return err
+	}
 	return c.checkNames()
 }
 
@@ -220,6 +248,50 @@ func (c *Config) checkNames() error {
 	}
 	if p := c.Registry.Credentials; p != "" && !filepath.IsAbs(p) {
 		return fmt.Errorf("registry.credentials %q: give an absolute path", p)
+	}
+	return nil
+}
+
+// maxRunDirs bounds the directories that are watched.
+const maxRunDirs = 16
+
+func (k *Kata) check() error {
+	if k.Discover && (len(k.RunDirs) == 0 || len(k.RunDirs) > maxRunDirs) {
+		return fmt.Errorf("kata.run_dirs has %d directories: give 1 to %d", len(k.RunDirs), maxRunDirs)
+	}
+	for i, dir := range k.RunDirs {
+		if !filepath.IsAbs(dir) {
+			return fmt.Errorf("kata.run_dirs %q: give an absolute path", dir)
+		}
+		k.RunDirs[i] = filepath.Clean(dir)
+		if slices.Contains(k.RunDirs[:i], k.RunDirs[i]) {
+			return fmt.Errorf("kata.run_dirs %q: it is there twice", dir)
+		}
+	}
+	if !filepath.IsAbs(k.ContainerdState) {
+		return fmt.Errorf("kata.containerd_state %q: give an absolute path", k.ContainerdState)
+	}
+	return k.checkPorts()
+}
+
+// Ports of guest and host in use: the agent's of Kata are 1024 to 1027
+// (kata-types src/config/default.rs), and 4294967295 is any port.
+const (
+	minPort = 1028
+	maxPort = 1<<32 - 2
+)
+
+func (k *Kata) checkPorts() error {
+	for _, p := range []struct {
+		key   string
+		value uint32
+	}{{"kata.host_port", k.HostPort}, {"kata.relay_port", k.RelayPort}} {
+		if p.value < minPort || p.value > maxPort {
+			return fmt.Errorf("%s is %d: give %d to %d", p.key, p.value, minPort, uint32(maxPort))
+		}
+	}
+	if k.HostPort == k.RelayPort {
+		return fmt.Errorf("kata.host_port and kata.relay_port are both %d: give two ports", k.HostPort)
 	}
 	return nil
 }

@@ -64,6 +64,11 @@ func (f *flags) set(usage io.Writer) *flag.FlagSet {
 		f.plain = append(f.plain, strings.Split(v, ",")...)
 		return nil
 	})
+	s.BoolFunc("discover", "find Kata's sandboxes by themselves", func(v string) error {
+		b, err := strconv.ParseBool(v)
+		f.over = append(f.over, func(c *Config) { c.Kata.Discover = b })
+		return err
+	})
 	s.BoolFunc("idle-exit", "end when the last control connection has closed", func(v string) error {
 		b, err := strconv.ParseBool(v)
 		f.over = append(f.over, func(c *Config) { c.IdleExit = b })

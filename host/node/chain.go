@@ -61,16 +61,6 @@ func (p *Prepared) DiffIDs() ([]digest.Digest, error) {
 	return config.RootFS.DiffIDs, nil
 }
 
-// LeaseManifest takes a lease on an image that is on the node, by its manifest.
-// Missing bytes come from ref's repository.
-func (n *Node) LeaseManifest(ctx context.Context, ref string, manifest digest.Digest) (*Lease, error) {
-	named, err := image.ParseReference(ref)
-	if err != nil {
-		return nil, err
-	}
-	return n.lease(ctx, named, manifest)
-}
-
 // File is an image as one address space, and the right to read it.
 type File struct {
 	image *store.Image

@@ -57,6 +57,16 @@ func (n *Node) Lease(ctx context.Context, ref, platform string) (*Lease, error) 
 	return n.lease(ctx, named, m.Manifest)
 }
 
+// LeaseManifest takes a lease on the image with this manifest, in the
+// repository of ref. ErrNotFound when it was not prepared.
+func (n *Node) LeaseManifest(ctx context.Context, ref string, manifest digest.Digest) (*Lease, error) {
+	named, _, err := parseTarget(ref, "")
+	if err != nil {
+		return nil, err
+	}
+	return n.lease(ctx, named, manifest)
+}
+
 func (n *Node) lease(ctx context.Context, ref reference.Named, manifest digest.Digest) (*Lease, error) {
 	n.mu.Lock()
 	r, ok := n.images[manifest]

@@ -14,6 +14,9 @@ import (
 // closed, so that a sandbox that is slow to serve holds up no other.
 const backlog = 16
 
+// maxHeld bounds the connections that wait for their sandbox to be found.
+const maxHeld = 64
+
 // ports listens for sandboxes. An address on the file system belongs to one
 // sandbox. A port of AF_VSOCK is shared by all virtual machines of the node:
 // there the peer's context ID, which the kernel tells and a guest cannot
@@ -21,7 +24,12 @@ const backlog = 16
 type ports struct {
 	bind func(addr string) (net.Listener, error)
 	peer func(net.Conn) (cid uint32, ok bool)
-	wg   sync.WaitGroup // shared ports being served
+	// find looks for the sandbox of a cid that is not known and says whether
+	// there is hope; nil when none is looked for. Immutable after the first
+	// listen.
+	find func(cid uint32) bool
+	held chan struct{}  // one element for each connection that waits for find
+	wg   sync.WaitGroup // shared ports being served, and held connections
 
 	mu     sync.Mutex
 	shared map[string]*port // by address; protected by mu
@@ -29,16 +37,45 @@ type ports struct {
 
 // port is one shared port.
 type port struct {
+	addr     string
 	listener net.Listener
 	routes   map[uint32]*route // protected by ports.mu
+	kept     bool              // open also without routes; protected by ports.mu
 }
 
 func newPorts(bind func(string) (net.Listener, error), peer func(net.Conn) (uint32, bool)) *ports {
-	return &ports{bind: bind, peer: peer, shared: map[string]*port{}}
+	return &ports{bind: bind, peer: peer, held: make(chan struct{}, maxHeld), shared: map[string]*port{}}
 }
 
-// wait returns when all shared ports are closed.
-func (p *ports) wait() { p.wg.Wait() }
+// keep opens a shared port that stays open without sandboxes.
+func (p *ports) keep(addr string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	shared, err := p.open(addr)
+	if err == nil {
+		shared.kept = true
+	}
+	return err
+}
+
+// close closes the ports that are kept and returns when all shared ports are
+// closed. Precondition: there are no routes.
+func (p *ports) close() {
+	p.mu.Lock()
+	for _, shared := range p.shared {
+		p.shut(shared)
+	}
+	p.mu.Unlock()
+	p.wg.Wait()
+}
+
+// shut closes a port. Precondition: p.mu is held, and the port has no routes.
+func (p *ports) shut(shared *port) {
+	if p.shared[shared.addr] == shared {
+		delete(p.shared, shared.addr)
+	}
+	_ = shared.listener.Close() // what is left of it is of no use
+}
 
 // listen returns a listener that accepts one sandbox.
 func (p *ports) listen(addr string, cid uint32) (net.Listener, error) {
@@ -75,7 +112,7 @@ func (p *ports) open(addr string) (*port, error) {
 	if err != nil {
 		return nil, err
 	}
-	shared := &port{listener: l, routes: map[uint32]*route{}}
+	shared := &port{addr: addr, listener: l, routes: map[uint32]*route{}}
 	p.shared[addr] = shared
 	p.wg.Go(func() { p.serve(shared) })
 	return shared, nil
@@ -89,17 +126,15 @@ func (p *ports) serve(shared *port) {
 			p.fail(shared)
 			return
 		}
-		if !p.deliver(shared, c) {
+		cid, ok := p.peer(c)
+		if !ok || !p.deliver(shared, c, cid) && !p.hold(shared, c, cid) {
 			_ = c.Close() // refused, or nobody's
 		}
 	}
 }
 
-func (p *ports) deliver(shared *port, c net.Conn) bool {
-	cid, ok := p.peer(c)
-	if !ok {
-		return false
-	}
+// deliver gives c to the sandbox with that cid, if it takes it.
+func (p *ports) deliver(shared *port, c net.Conn, cid uint32) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	r := shared.routes[cid]
@@ -114,6 +149,29 @@ func (p *ports) deliver(shared *port, c net.Conn) bool {
 	}
 }
 
+// hold keeps a connection that is nobody's while its sandbox is looked for: a
+// guest may be faster than those who tell the node of it.
+func (p *ports) hold(shared *port, c net.Conn, cid uint32) bool {
+	p.mu.Lock()
+	known := shared.routes[cid] != nil
+	p.mu.Unlock()
+	if known || p.find == nil {
+		return false
+	}
+	select {
+	case p.held <- struct{}{}:
+	default:
+		return false
+	}
+	p.wg.Go(func() {
+		defer func() { <-p.held }()
+		if !p.find(cid) || !p.deliver(shared, c, cid) {
+			_ = c.Close() // nobody's
+		}
+	})
+	return true
+}
+
 // fail ends the routes of a port that accepts no more.
 func (p *ports) fail(shared *port) {
 	p.mu.Lock()
@@ -121,6 +179,7 @@ func (p *ports) fail(shared *port) {
 	for _, r := range shared.routes {
 		p.remove(r)
 	}
+	p.shut(shared)
 }
 
 // remove ends a route, and with its last one the port. Precondition: p.mu is
@@ -135,9 +194,8 @@ func (p *ports) remove(r *route) {
 	for range len(r.conns) {
 		_ = (<-r.conns).Close() // never served
 	}
-	if len(shared.routes) == 0 {
-		delete(p.shared, r.addr)
-		_ = shared.listener.Close() // what is left of it is of no use
+	if len(shared.routes) == 0 && !shared.kept {
+		p.shut(shared)
 	}
 }
 

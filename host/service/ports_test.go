@@ -113,14 +113,14 @@ func TestSharedPort(t *testing.T) {
 		t.Error(err)
 	}
 	<-port.done // closed with its last sandbox
-	p.wait()
+	p.wg.Wait()
 	if _, err := p.listen("vsock:2111", 3); err != nil {
 		t.Errorf("listen again: %v", err)
 	}
 	// A port that breaks ends its sandboxes' listeners.
 	port = bound()
 	_ = port.Close()
-	p.wait()
+	p.wg.Wait()
 	if len(p.shared) != 0 {
 		t.Error("a broken port is kept")
 	}

@@ -68,10 +68,27 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
 	defer func() { err = errors.Join(err, n.Close()) }()
 	s := New(Config{
 		Node: n, Class: cfg.Class, Requests: cfg.Relay.Requests, Stall: time.Duration(cfg.Relay.Stall),
-		Sockets: filepath.Join(cfg.Root, "sockets.json"), Log: log,
+		Notes: filepath.Join(cfg.Root, "sandboxes.json"), Restore: !cfg.IdleExit,
+		Discovery: DiscoveryOf(cfg.Kata), Log: log,
 	})
 	defer s.finish(ctx)
+	s.Restore()
+	if cfg.Kata.Discover {
+		stop := s.runDiscovery(ctx)
+		defer func() { err = errors.Join(err, stop()) }()
+	}
 	return s.control(ctx, cfg, front)
+}
+
+// DiscoveryOf is what the settings say of finding sandboxes; nil when they are
+// not to be found.
+func DiscoveryOf(k config.Kata) *Discovery {
+	if !k.Discover {
+		return nil
+	}
+	return &Discovery{
+		RunDirs: k.RunDirs, HostPort: k.HostPort, RelayPort: k.RelayPort, ContainerdState: k.ContainerdState,
+	}
 }
 
 // finish detaches all sandboxes.

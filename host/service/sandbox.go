@@ -16,7 +16,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"golang.org/x/net/netutil"
 
-	"github.com/tatami-containers/tatami/host/node"
+	"github.com/tatami-containers/tatami/host/kata"
 	"github.com/tatami-containers/tatami/host/relay"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/rootfs/image"
@@ -38,7 +38,8 @@ type container struct {
 	reference string // as given to the node
 	class     string
 	named     reference.Named // reference, normalised
-	lease     *node.Lease
+	lease     *held
+	found     *kata.Container // not added by hand; immutable
 }
 
 // sandbox is one virtual machine and what it may ask for.
@@ -48,16 +49,26 @@ type sandbox struct {
 	s     *Service
 	host  *ttrpc.Server
 	relay *relay.Relay
-	wg    sync.WaitGroup // the two servers
+	wg    sync.WaitGroup // the two servers, and lookups
+
+	ctx    context.Context // of lookups; ends with the sandbox
+	cancel context.CancelFunc
+	slots  chan struct{} // one element for each lookup at work
+	quiet  quiet         // for what the guest makes the log say
 
 	mu         sync.Mutex
 	closed     bool                 // protected by mu
 	containers map[string]container // protected by mu
+	lookups    map[string]*lookup   // under way, by container; protected by mu
 	grants     []relay.Grant        // replaced, never changed; protected by mu
 }
 
 func newSandbox(s *Service, id string, at place) (*sandbox, error) {
-	box := &sandbox{id: id, at: at, s: s, containers: map[string]container{}}
+	box := &sandbox{
+		id: id, at: at, s: s, slots: make(chan struct{}, maxLookups),
+		containers: map[string]container{}, lookups: map[string]*lookup{},
+	}
+	box.ctx, box.cancel = context.WithCancel(context.Background())
 	var err error
 	if box.host, err = newServer(); err != nil {
 		return nil, err
@@ -107,17 +118,27 @@ func silent(ctx context.Context) context.Context {
 // close ends both services and gives back the images. Answers under way are
 // broken off when ctx ends.
 func (b *sandbox) close(ctx context.Context) {
+	b.mu.Lock()
+	b.closed = true // no lookup and no container is added
+	b.mu.Unlock()
+	b.cancel()
 	_ = b.host.Close() // its listener and connections; nothing to add
 	b.relay.Shutdown(ctx)
 	b.wg.Wait()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.closed = true
 	for _, c := range b.containers {
 		c.lease.Close()
 	}
 	clear(b.containers)
 	b.grants = nil
+}
+
+// breakOff closes the sandbox and waits for none of its answers.
+func (b *sandbox) breakOff() {
+	over, cancel := context.WithCancel(context.Background())
+	cancel()
+	b.close(over)
 }
 
 func (b *sandbox) granted() []relay.Grant {
@@ -144,30 +165,91 @@ func (b *sandbox) add(c container) error {
 		return fmt.Errorf("sandbox %s has %d containers: %w", b.id, maxContainers, errdefs.ErrResourceExhausted)
 	}
 	b.containers[c.id] = c
-	grant := relay.Grant{
+	b.regrant()
+	b.s.notes.addContainer(b.id, c.note())
+	return nil
+}
+
+// remove gives back what a container held.
+func (b *sandbox) remove(id string) {
+	b.mu.Lock()
+	c, ok := b.containers[id]
+	if ok {
+		delete(b.containers, id)
+		b.regrant()
+		b.s.notes.dropContainer(b.id, id)
+	}
+	b.mu.Unlock()
+	if ok {
+		c.lease.Close()
+	}
+}
+
+// regrant lets the relay serve the images of all containers. Precondition: b.mu
+// is held.
+func (b *sandbox) regrant() {
+	b.grants = make([]relay.Grant, 0, len(b.containers))
+	for _, c := range b.containers {
+		b.grants = append(b.grants, c.grant())
+	}
+}
+
+func (c container) grant() relay.Grant {
+	g := relay.Grant{
 		Domain: reference.Domain(c.named), Repository: reference.Path(c.named),
 		Manifest: c.lease.Manifest(), Image: c.lease,
 	}
 	if tagged, ok := c.named.(reference.Tagged); ok {
-		grant.Tag = tagged.Tag()
+		g.Tag = tagged.Tag()
 	}
-	b.grants = append(b.grants[:len(b.grants):len(b.grants)], grant)
-	return nil
+	return g
+}
+
+func (c container) note() containerNote {
+	return containerNote{ID: c.id, Reference: c.reference, Class: c.class, Manifest: c.lease.Manifest(), Found: c.found != nil}
+}
+
+// writeDown notes the sandbox for the next process.
+func (b *sandbox) writeDown() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	n := note{ID: b.id, Host: b.at.host, Relay: b.at.relay, CID: b.at.cid, Found: b.at.found}
+	for _, c := range b.containers {
+		n.Containers = append(n.Containers, c.note())
+	}
+	b.s.notes.put(n)
 }
 
 // Describe implements the Host service.
-func (b *sandbox) Describe(_ context.Context, req *api.DescribeRequest) (*api.DescribeResponse, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	c, ok := b.containers[req.ContainerId]
+func (b *sandbox) Describe(ctx context.Context, req *api.DescribeRequest) (*api.DescribeResponse, error) {
+	c, ok := b.container(req.ContainerId)
+	if !ok && b.at.found {
+		if err := b.lookUp(ctx, req.ContainerId); err != nil {
+			return nil, err
+		}
+		c, ok = b.container(req.ContainerId)
+	}
 	if !ok {
-		return nil, fmt.Errorf("container %.64q is not known for this sandbox: the node must be told of it (Node.AddContainer) before the guest asks: %w",
-			req.ContainerId, errdefs.ErrNotFound)
+		return nil, unknownContainer(req.ContainerId)
 	}
 	return &api.DescribeResponse{
 		Reference: c.reference, Repository: reference.Path(c.named),
 		ManifestDigest: c.lease.Manifest().String(), Class: c.class, Trust: trust,
 	}, nil
+}
+
+// unknownContainer is what a guest is told of containers that do not exist and
+// of those of others.
+func unknownContainer(id string) error {
+	return fmt.Errorf("container %.64q is not known for this sandbox: the node must be told of it (Node.AddContainer), or find it in containerd's bundle, before the guest asks: %w",
+		id, errdefs.ErrNotFound)
+}
+
+func (b *sandbox) container(id string) (container, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	c, ok := b.containers[id]
+	return c, ok
 }
 
 // newContainer checks what the node was told of a container.

@@ -3,14 +3,18 @@
 // a sandbox may ask for is known from where it connects: nothing that a guest
 // says about itself counts.
 //
-// Locks: Service.mu, ports.mu and sandbox.mu are leaves. None is held while an
-// image is prepared or a sandbox is closed.
+// Locks: Service.mu, then sandbox.mu, then notes.mu, under which a file is
+// written. ports.mu and held.mu are leaves. None is held while an image is
+// prepared or a sandbox is closed.
 package service
 
 import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
+	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +22,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/tatami-containers/tatami/host/kata"
 	"github.com/tatami-containers/tatami/host/node"
 	"github.com/tatami-containers/tatami/protocols/vsock"
 )
@@ -28,10 +33,15 @@ type Config struct {
 	Class    string        // of containers that do not say
 	Requests int           // of one sandbox served at a time
 	Stall    time.Duration // how long a sandbox may take nothing of an answer
-	// Sockets is the file in which the sockets of sandboxes are noted, to be
-	// removed when they are left over; none when empty.
-	Sockets string
-	Log     *slog.Logger
+	// Notes is the file in which sandboxes and their containers are noted; none
+	// when empty. What a killed process has left of them is removed.
+	Notes string
+	// Restore lets sandboxes outlive this process: the next one attaches those
+	// that were attached by hand, in Restore, and those that it finds again.
+	Restore bool
+	// Discovery finds sandboxes by themselves; none are found when nil.
+	Discovery *Discovery
+	Log       *slog.Logger
 }
 
 // maxSandbox bounds an id in bytes.
@@ -42,7 +52,14 @@ type Service struct {
 	cfg   Config
 	log   *slog.Logger
 	ports *ports
+	notes *notes
 	sent  atomic.Int64 // body bytes of all relays
+
+	watcher *kata.Watcher // nil without discovery
+	bundles *kata.Bundles
+	ctx     context.Context // of looking for sandboxes; ends with close
+	cancel  context.CancelFunc
+	misses  misses // context IDs that are nobody's
 
 	mu        sync.Mutex
 	closed    bool                // protected by mu
@@ -56,18 +73,49 @@ func New(cfg Config) *Service {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Service{cfg: cfg, log: cfg.Log, sandboxes: map[string]*sandbox{}}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.ports = newPorts(vsock.Listen, vsock.PeerCID)
+	s.notes = openNotes(cfg.Notes, cfg.Log)
 	s.removeLeftovers()
+	s.forgetOthers()
+	if cfg.Discovery != nil {
+		s.discover(*cfg.Discovery)
+	}
 	return s
+}
+
+// forgetOthers drops the notes that this process has no use for.
+func (s *Service) forgetOthers() {
+	for _, n := range s.notes.list() {
+		if !s.cfg.Restore || n.Found && s.cfg.Discovery == nil {
+			s.notes.drop(n.ID)
+		}
+	}
+}
+
+// Restore attaches the sandboxes that were attached by hand to the process
+// before this one. What cannot be restored is logged and left out.
+func (s *Service) Restore() {
+	for _, n := range s.notes.list() {
+		if n.Found {
+			continue // until it is found again
+		}
+		if err := s.attach(n.ID, n.place()); err != nil {
+			s.log.Warn("a sandbox of the process before this one is lost: attach it again", "sandbox", n.ID, "error", err)
+			s.notes.drop(n.ID)
+		}
+	}
 }
 
 // place is where a sandbox is served.
 type place struct {
 	host, relay string // addresses
 	cid         uint32 // who may connect to a shared one
+	found       bool   // not attached by hand
 }
 
-// attach opens the Host service and the relay for a sandbox.
+// attach opens the Host service and the relay for a sandbox. What the process
+// before this one knew of a sandbox at this very place it is given back.
 func (s *Service) attach(id string, at place) error {
 	if id == "" || len(id) > maxSandbox {
 		return fmt.Errorf("attach: give a sandbox id of 1 to %d bytes: %w", maxSandbox, errdefs.ErrInvalidArgument)
@@ -95,13 +143,11 @@ func (s *Service) install(id string, box *sandbox) error {
 	stopping := s.closed
 	if !stopping {
 		s.sandboxes[id] = box
-		s.noteSockets()
+		box.writeDown()
 	}
 	s.mu.Unlock()
 	if stopping {
-		over, cancel := context.WithCancel(context.Background())
-		cancel()
-		box.close(over)
+		box.breakOff()
 		return errStopping
 	}
 	return nil
@@ -122,24 +168,41 @@ func (s *Service) reserve(id string) error {
 	return nil
 }
 
-// open listens and serves.
+// open listens and serves. Containers are given back before anybody can ask
+// for them: a guest that reads takes a refusal for an answer.
 func (s *Service) open(id string, at place) (*sandbox, error) {
-	host, err := s.ports.listen(at.host, at.cid)
-	if err != nil {
-		return nil, err
-	}
-	relay, err := s.ports.listen(at.relay, at.cid)
-	if err != nil {
-		_ = host.Close() // nobody has connected; the error that counts is err
-		return nil, err
-	}
 	box, err := newSandbox(s, id, at)
 	if err != nil {
-		_, _ = host.Close(), relay.Close() // as above
+		return nil, err
+	}
+	for _, c := range s.notes.containers(id, at) {
+		if err := box.restore(c); err != nil {
+			s.log.Warn("a container is not restored", "sandbox", id, "container", c.ID, "reference", c.Reference, "error", err)
+		}
+	}
+	host, err := s.listen(at.host, at)
+	if err != nil {
+		box.breakOff()
+		return nil, err
+	}
+	relay, err := s.listen(at.relay, at)
+	if err != nil {
+		_ = host.Close() // nobody has connected; the error that counts is err
+		box.breakOff()
 		return nil, err
 	}
 	box.serve(host, relay)
 	return box, nil
+}
+
+// listen opens one address of a sandbox. Hybrid sockets of found sandboxes are
+// connected to by VMMs that may run as other users.
+func (s *Service) listen(addr string, at place) (net.Listener, error) {
+	a, err := vsock.ParseAddress(addr)
+	if err == nil && at.found && a.Network == vsock.Hybrid {
+		return kata.Listen(a.Path, a.Port)
+	}
+	return s.ports.listen(addr, at.cid) // which also refuses what cannot be parsed
 }
 
 // detach closes a sandbox. Its answers under way are broken off when ctx ends.
@@ -148,7 +211,7 @@ func (s *Service) detach(ctx context.Context, id string) error {
 	box := s.sandboxes[id]
 	if box != nil {
 		delete(s.sandboxes, id)
-		s.noteSockets()
+		s.notes.drop(id)
 	}
 	s.mu.Unlock()
 	if box == nil {
@@ -190,13 +253,18 @@ func (s *Service) addContainer(ctx context.Context, id string, c container, plat
 	if err != nil {
 		return "", err
 	}
-	c.lease = lease
-	if err := box.add(c); err != nil {
+	return lease.Manifest(), box.adopt(c, lease)
+}
+
+// adopt adds a container with its lease, which it takes over.
+func (b *sandbox) adopt(c container, lease *node.Lease) error {
+	c.lease = &held{Lease: lease}
+	if err := b.add(c); err != nil {
 		lease.Close()
-		return "", err
+		return err
 	}
-	s.log.Info("container added", "sandbox", id, "container", c.id, "reference", c.reference, "manifest", lease.Manifest(), "class", c.class)
-	return lease.Manifest(), nil
+	b.s.log.Info("container added", "sandbox", b.id, "container", c.id, "reference", c.reference, "manifest", lease.Manifest(), "class", c.class)
+	return nil
 }
 
 func (s *Service) lease(ctx context.Context, reference, platform string) (*node.Lease, error) {
@@ -210,13 +278,17 @@ func (s *Service) lease(ctx context.Context, reference, platform string) (*node.
 	return s.cfg.Node.Lease(ctx, reference, platform)
 }
 
-// close detaches all sandboxes; no other is attached.
+// close detaches all sandboxes; no other is attached. With Restore they stay
+// noted for the next process.
 func (s *Service) close(ctx context.Context) {
+	s.cancel()
 	s.mu.Lock()
 	s.closed = true
 	boxes := s.sandboxes
 	s.sandboxes = map[string]*sandbox{}
-	s.noteSockets()
+	if !s.cfg.Restore {
+		s.notes.drop(slices.Collect(maps.Keys(boxes))...)
+	}
 	s.mu.Unlock()
 	var wg sync.WaitGroup
 	for _, box := range boxes {
@@ -225,5 +297,5 @@ func (s *Service) close(ctx context.Context) {
 		}
 	}
 	wg.Wait()
-	s.ports.wait()
+	s.ports.close()
 }

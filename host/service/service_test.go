@@ -45,7 +45,7 @@ func newRig(t *testing.T) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g.Service = New(Config{Node: n, Class: "online", Sockets: filepath.Join(g.dir, "sockets.json")})
+	g.Service = New(Config{Node: n, Class: "online", Notes: filepath.Join(g.dir, "sandboxes.json")})
 	g.control = control{g.Service}
 	t.Cleanup(func() {
 		g.Service.close(t.Context()) // which has ended
@@ -404,24 +404,28 @@ func TestLeftovers(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer served.Close()
-	note, err := json.Marshal([]string{dead, live, file, filepath.Join(g.dir, "absent")})
-	if err != nil {
+	note := func(host, relay string) note {
+		return note{ID: digest.FromString(host).Encoded(), Host: "unix:" + host, Relay: "unix:" + relay}
+	}
+	at := filepath.Join(g.dir, "before.json")
+	before := openNotes(at, g.log)
+	before.put(note(dead, live))
+	before.put(note(file, filepath.Join(g.dir, "absent")))
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for path, data := range map[string][]byte{g.Service.cfg.Sockets: note, file: nil} {
-		if err := os.WriteFile(path, data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	g.removeLeftovers()
-	for path, want := range map[string]bool{dead: false, live: true, file: true, g.Service.cfg.Sockets: false} {
+	New(Config{Notes: at}).close(t.Context())
+	for path, want := range map[string]bool{dead: false, live: true, file: true} {
 		if _, err := os.Lstat(path); (err == nil) != want {
 			t.Errorf("%s is there: %v, want %v", path, err == nil, want)
 		}
 	}
+	if left := openNotes(at, g.log).list(); len(left) > 0 {
+		t.Errorf("without Restore there is left %v", left)
+	}
 	g.attach(t, "one")
-	data, err := os.ReadFile(g.Service.cfg.Sockets)
-	if want := filepath.Join(g.dir, "one.sock_2110"); err != nil || !strings.Contains(string(data), want) {
+	data, err := os.ReadFile(g.Service.cfg.Notes)
+	if want := filepath.Join(g.dir, "one.sock:2110"); err != nil || !strings.Contains(string(data), want) {
 		t.Errorf("noted %s, %v", data, err)
 	}
 }

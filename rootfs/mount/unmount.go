@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 )
 
 // Unmount undoes a mount. The target is detached even if it is in use: it
@@ -67,22 +70,28 @@ func (m *Mounter) UnmountAll(ctx context.Context) error {
 			errs = errors.Join(errs, err)
 		}
 	}
+	return errors.Join(errs, m.Drain(ctx))
+}
+
+// Drain waits, as long as ctx lets it, until the kernel has closed those of the
+// images that are unmounted by now; without images, all of them.
+func (m *Mounter) Drain(ctx context.Context, images ...digest.Digest) error {
 	m.mu.Lock()
-	var waiting []*lower
-	for _, lw := range m.draining {
-		waiting = append(waiting, lw)
-	}
+	waiting := slices.Collect(maps.Values(m.draining))
 	m.mu.Unlock()
 	for _, lw := range waiting {
+		if len(images) > 0 && !slices.Contains(images, lw.rec.Manifest) {
+			continue
+		}
 		select {
 		case <-lw.released:
 		case <-m.ended:
-			return errs
+			return nil
 		case <-ctx.Done():
-			return errors.Join(errs, fmt.Errorf("image %s is still in use: %w", lw.rec.Reference, ctx.Err()))
+			return fmt.Errorf("image %s is still in use: %w", lw.rec.Reference, ctx.Err())
 		}
 	}
-	return errs
+	return nil
 }
 
 // Sweep undoes every mount whose target somebody else has unmounted, and

@@ -1,0 +1,217 @@
+package service
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/tatami-containers/tatami/host/kata"
+	"github.com/tatami-containers/tatami/host/node"
+	"github.com/tatami-containers/tatami/rootfs/image"
+)
+
+// maxLookups bounds the containers of one sandbox that are looked up at a time;
+// others wait.
+const maxLookups = 8
+
+// Containers knows which image a container runs.
+type Containers interface {
+	// Lookup returns the reference and, if it is pinned, the manifest of the
+	// image of a container; ErrNotFound when it is not known.
+	Lookup(ctx context.Context, container string) (ref string, manifest digest.Digest, err error)
+}
+
+// lookup is one container being looked up, for all who ask for it.
+type lookup struct {
+	done chan struct{} // closed when err is set
+	err  error
+}
+
+// lookUp finds out what a container of a found sandbox runs and adds it. The
+// work goes on when ctx ends: the guest will ask again. The error is for the
+// guest and says nothing of others or of the registry.
+func (b *sandbox) lookUp(ctx context.Context, id string) error {
+	owned, err := b.s.bundles.Owned(b.id, id)
+	if err != nil {
+		b.quiet.do(func() {
+			b.s.log.Warn("a guest asks for a container that is not its own", "sandbox", b.id, "error", err)
+		})
+		return unknownContainer(id)
+	}
+	l, err := b.join(owned)
+	if err != nil {
+		return err
+	}
+	select {
+	case <-l.done:
+		return l.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// join returns the lookup of a container that is under way, or a new one.
+func (b *sandbox) join(c kata.Container) (*lookup, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return nil, notAttached(b.id)
+	}
+	if l := b.lookups[c.ID]; l != nil {
+		return l, nil
+	}
+	l := &lookup{done: make(chan struct{})}
+	b.lookups[c.ID] = l
+	b.wg.Go(func() {
+		l.err = b.learn(c)
+		b.mu.Lock()
+		delete(b.lookups, c.ID)
+		b.mu.Unlock()
+		close(l.done)
+	})
+	return l, nil
+}
+
+// learn prepares a container's image and adds the container.
+func (b *sandbox) learn(c kata.Container) error {
+	select {
+	case b.slots <- struct{}{}:
+		defer func() { <-b.slots }()
+	case <-b.ctx.Done():
+		return notAttached(b.id)
+	}
+	if _, ok := b.container(c.ID); ok {
+		return nil // since the question
+	}
+	ref, manifest, err := b.s.imageOf(b.ctx, c)
+	if err == nil {
+		err = b.addFound(c, ref, manifest)
+	}
+	if err == nil {
+		return nil
+	}
+	b.quiet.do(func() {
+		b.s.log.Warn("a container cannot be described", "sandbox", b.id, "container", c.ID, "reference", ref, "error", err)
+	})
+	return fmt.Errorf("container %s: its image cannot be prepared, the log of tatami-host on the node says why: %w", c.ID, errdefs.Resolve(err))
+}
+
+// imageOf is what a container runs: as its snapshot says, else as the pod does.
+func (s *Service) imageOf(ctx context.Context, c kata.Container) (ref string, manifest digest.Digest, err error) {
+	if known := s.cfg.Discovery.Containers; known != nil {
+		ref, manifest, err = known.Lookup(ctx, c.ID)
+		if !errdefs.IsNotFound(err) {
+			return ref, manifest, err
+		}
+	}
+	if _, err := digest.Parse(c.Image); err == nil || c.Image == "" {
+		return "", "", fmt.Errorf("container %s: its bundle names no image (%.128q), and no snapshot is known: %w", c.ID, c.Image, errdefs.ErrNotFound)
+	}
+	return c.Image, "", nil
+}
+
+func (b *sandbox) addFound(found kata.Container, ref string, manifest digest.Digest) error {
+	c, err := newContainer(found.ID, ref, b.s.cfg.Class)
+	if err != nil {
+		return err
+	}
+	lease, err := b.s.leasePinned(b.ctx, ref, manifest)
+	if err != nil {
+		return err
+	}
+	c.found = &found
+	return b.adopt(c, lease)
+}
+
+// leasePinned takes a lease on a manifest, or on what ref means when none is
+// given. The image is prepared unless it was.
+func (s *Service) leasePinned(ctx context.Context, ref string, manifest digest.Digest) (*node.Lease, error) {
+	if manifest == "" {
+		return s.lease(ctx, ref, "")
+	}
+	lease, err := s.cfg.Node.LeaseManifest(ctx, ref, manifest)
+	if !errdefs.IsNotFound(err) {
+		return lease, err
+	}
+	named, err := image.ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	pinned, err := reference.WithDigest(reference.TrimNamed(named), manifest)
+	if err != nil {
+		return nil, fmt.Errorf("manifest %.128q of %s: %w: %w", manifest, ref, err, errdefs.ErrInvalidArgument)
+	}
+	if _, err := s.cfg.Node.Prepare(ctx, pinned.String(), ""); err != nil {
+		return nil, err
+	}
+	return s.cfg.Node.LeaseManifest(ctx, ref, manifest)
+}
+
+// restore adds a container that the process before this one knew.
+// Precondition: the sandbox is not served yet.
+func (b *sandbox) restore(n containerNote) error {
+	c, err := newContainer(n.ID, n.Reference, n.Class)
+	if err != nil {
+		return err
+	}
+	if n.Found {
+		owned, err := b.s.bundles.Owned(b.id, n.ID)
+		if err != nil {
+			return err
+		}
+		c.found = &owned
+	}
+	lease, err := b.s.cfg.Node.LeaseManifest(b.ctx, n.Reference, n.Manifest)
+	if err != nil {
+		return err
+	}
+	return b.adopt(c, lease)
+}
+
+// dropGone removes the containers whose bundles are gone.
+func (b *sandbox) dropGone() {
+	for _, c := range b.foundContainers() {
+		if b.s.bundles.Gone(*c.found) {
+			b.remove(c.id)
+			b.s.log.Info("container gone", "sandbox", b.id, "container", c.id)
+		}
+	}
+}
+
+func (b *sandbox) foundContainers() []container {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var out []container
+	for _, c := range b.containers {
+		if c.found != nil {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// quietTime is how often a guest can make the node's log say something.
+const quietTime = 10 * time.Second
+
+// quiet lets something be done now and then.
+type quiet struct {
+	mu   sync.Mutex
+	last time.Time // protected by mu
+}
+
+func (q *quiet) do(f func()) {
+	q.mu.Lock()
+	ok := time.Since(q.last) >= quietTime
+	if ok {
+		q.last = time.Now()
+	}
+	q.mu.Unlock()
+	if ok {
+		f()
+	}
+}
