@@ -34,11 +34,10 @@ type blockRig struct {
 // disk below the overlay that the agent makes.
 func TestBlock(t *testing.T) {
 	need(t)
-	dir := tempDir(t)
 	r := &blockRig{host: startHost(t), img: pushImage(t, startRegistry(t), "block", 7, eStargz), upper: filepath.Join(t.TempDir(), "rwlayer.img")}
 	r.file = lazyFile(t, r.img)
 	run(t, "mkfs.ext4", "-q", r.upper, "64M")
-	r.sandbox = shim.Start(t, shim.Config{ID: sandboxID, RunDir: filepath.Join(dir, "kata"), ContainerdState: filepath.Join(dir, "containerd")})
+	r.sandbox = shim.Start(t, shim.Config{ID: sandboxID, RunDir: r.host.kata(), ContainerdState: r.host.containerd()})
 	for _, step := range []struct {
 		name string
 		test func(*testing.T)

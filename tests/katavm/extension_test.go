@@ -17,9 +17,14 @@ import (
 	"github.com/tatami-containers/tatami/tests/vmtest"
 )
 
-// cdhConfig is what a pod's initdata has for the Confidential Data Hub: settings
-// of tatami-guest.
+// cdhConfig is what a pod's initdata has for the Confidential Data Hub, with
+// settings of tatami-guest.
 const cdhConfig = `
+socket = "unix:///run/confidential-containers/cdh.sock"
+[kbc]
+name = "offline_fs_kbc"
+url = ""
+[tatami]
 version = 1
 listen = ["vsock:2200"]
 state_dir = "/run/from-initdata"
@@ -30,15 +35,13 @@ registry = false
 // settings from initdata and from the kernel command line, which counts more.
 func TestVerifiedExtension(t *testing.T) {
 	need(t)
-	dir := tempDir(t)
 	image, verity := extensionImage(t, "--verity")
 	if verity == "" {
 		t.Fatal("no verity_params of a verified image")
 	}
 	h, img := startHost(t), pushImage(t, startRegistry(t), "verified", 5, gzipped)
-	s := shim.Start(t, shim.Config{ID: sandboxID, RunDir: filepath.Join(dir, "kata"), ContainerdState: filepath.Join(dir, "containerd"),
-		Extension: image, Verity: verity, CDHConfig: cdhConfig, Cmdline: "tatami.state_dir=/run/from-cmdline"})
-	h.attach(t.Context(), sandboxID, s)
+	s := shim.Start(t, shim.Config{ID: sandboxID, RunDir: h.kata(), ContainerdState: h.containerd(), Extension: image, Verity: verity,
+		CDHConfig: cdhConfig, Cmdline: "agent.guest_components_procs=attestation-agent tatami.state_dir=/run/from-cmdline"})
 	if mounts := shell(t, s, "grep /run/kata-extensions/coco /proc/mounts"); !strings.HasPrefix(mounts, "/dev/dm-0 ") {
 		t.Errorf("the extension is not mounted from a verified device: %s", mounts)
 	}

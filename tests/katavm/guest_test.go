@@ -7,7 +7,6 @@ import (
 	"encoding/base64"
 	"encoding/gob"
 	"fmt"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -37,13 +36,11 @@ type guestRig struct {
 // containers, in one virtual machine.
 func TestGuest(t *testing.T) {
 	need(t)
-	dir := tempDir(t)
 	image, _ := extensionImage(t)
 	reg := startRegistry(t)
 	r := &guestRig{t: t, host: startHost(t), one: pushImage(t, reg, "one", 1, gzipped), two: pushImage(t, reg, "two", 3, gzipped)}
-	r.sandbox = shim.Start(t, shim.Config{ID: sandboxID, RunDir: filepath.Join(dir, "kata"), ContainerdState: filepath.Join(dir, "containerd"),
+	r.sandbox = shim.Start(t, shim.Config{ID: sandboxID, RunDir: r.host.kata(), ContainerdState: r.host.containerd(),
 		Extension: image, Cmdline: "tatami.registry=false"})
-	r.host.attach(t.Context(), sandboxID, r.sandbox)
 	for _, step := range []struct {
 		name string
 		test func(*testing.T)
@@ -52,7 +49,7 @@ func TestGuest(t *testing.T) {
 		{"Lazy", r.testLazy},
 		{"Tree", r.testTree},
 		{"Together", r.testTogether},
-		{"Unknown", r.testUnknown},
+		{"Foreign", r.testForeign},
 		{"WorkerDies", r.testWorkerDies},
 		{"Removal", r.testRemoval},
 	} {
@@ -72,23 +69,29 @@ func guestMounts(ref string) []shim.Mount {
 	}}
 }
 
-// create tells the node and the shim of a container of an image.
+// create makes a container of an image.
 func (r *guestRig) create(t *testing.T, id string, img testImage, command ...string) {
 	t.Helper()
-	r.host.add(t.Context(), sandboxID, id, img.ref)
 	if err := r.pull(t.Context(), id, img.ref, command...); err != nil {
 		t.Fatal(err)
 	}
 }
 
 func (r *guestRig) pull(ctx context.Context, id, ref string, command ...string) error {
+	return r.pullFor(ctx, sandboxID, id, ref, command...)
+}
+
+// pullFor is pull for a container of which containerd says that it belongs to
+// the given sandbox.
+func (r *guestRig) pullFor(ctx context.Context, sandbox, id, ref string, command ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	spec, err := bundle.Spec(ocispec.ImageConfig{}, command, id)
 	if err != nil {
 		return err
 	}
-	return r.sandbox.Create(ctx, id, guestMounts(ref), spec, map[string]string{kata.ContainerType: "container", kata.ImageName: ref})
+	return r.sandbox.Create(ctx, id, guestMounts(ref), spec,
+		map[string]string{kata.ContainerType: "container", kata.ImageName: ref, kata.SandboxID: sandbox})
 }
 
 // output starts a container and returns what it wrote; it must end well.
@@ -180,9 +183,6 @@ func (r *guestRig) testTree(t *testing.T) {
 // testTogether pulls at the same time what is there and what is not.
 func (r *guestRig) testTogether(t *testing.T) {
 	pulls := map[string]testImage{"together-1": r.one, "together-2": r.two, "together-3": r.two}
-	for id, img := range pulls {
-		r.host.add(t.Context(), sandboxID, id, img.ref)
-	}
 	var wg sync.WaitGroup
 	for id, img := range pulls {
 		wg.Go(func() {
@@ -202,14 +202,14 @@ func (r *guestRig) testTogether(t *testing.T) {
 	}
 }
 
-// testUnknown pulls for a container that the node was not told of.
-func (r *guestRig) testUnknown(t *testing.T) {
-	err := r.pull(t.Context(), "unknown", r.one.ref, "/bin/echo")
-	if err == nil || !strings.Contains(err.Error(), "unknown") {
-		t.Errorf("pull for an unknown container: %v", err)
+// testForeign pulls for a container that belongs to another sandbox.
+func (r *guestRig) testForeign(t *testing.T) {
+	err := r.pullFor(t.Context(), "another", "foreign", r.one.ref, "/bin/echo")
+	if err == nil || !strings.Contains(err.Error(), "foreign") {
+		t.Errorf("pull for a container of another sandbox: %v", err)
 	}
 	// The agent makes the bundle before it pulls, and leaves it; it must be empty.
-	shell(t, r.sandbox, "rmdir /run/kata-containers/unknown")
+	shell(t, r.sandbox, "rmdir /run/kata-containers/foreign")
 }
 
 // testWorkerDies kills the worker of tatami-guest while a container reads, and

@@ -2,6 +2,7 @@ package katavm
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -12,27 +13,44 @@ import (
 	"github.com/containerd/ttrpc"
 
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
-	"github.com/tatami-containers/tatami/protocols/vsock"
-	"github.com/tatami-containers/tatami/tests/katavm/shim"
 )
 
-// host is a running tatami-host.
+// host is a running tatami-host that finds sandboxes by itself.
 type host struct {
 	api.NodeService
-	t    *testing.T
-	root string
+	t   *testing.T
+	dir string // everything of the node, Kata's and containerd's directories, too
 }
+
+// Directories of a node, below that of the test.
+func (h *host) root() string       { return filepath.Join(h.dir, "tatami") }
+func (h *host) kata() string       { return filepath.Join(h.dir, "kata") }
+func (h *host) containerd() string { return filepath.Join(h.dir, "containerd") }
+
+const hostConfig = `
+version = 1
+root = %q
+[kata]
+discover = true
+run_dirs = [%q]
+containerd_state = %q
+`
 
 // startHost runs a tatami-host until the test ends and connects to it.
 func startHost(t *testing.T) *host {
 	t.Helper()
-	h := &host{t: t, root: tempDir(t)}
-	log, err := os.Create(filepath.Join(h.root, "tatami-host.log"))
+	h := &host{t: t, dir: tempDir(t)}
+	file := filepath.Join(h.dir, "host.toml")
+	config := fmt.Sprintf(hostConfig, h.root(), h.kata(), h.containerd())
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.Create(filepath.Join(h.dir, "tatami-host.log"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer log.Close()
-	cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "tatami-host"), "--root", h.root)
+	cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "tatami-host"), "--config", file)
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = 30 * time.Second
 	cmd.Stdout, cmd.Stderr = log, log
@@ -54,36 +72,16 @@ func startHost(t *testing.T) *host {
 
 func (h *host) connect() {
 	h.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		conn, err := net.Dial("unix", filepath.Join(h.root, "tatami-host.sock")) //nolint:noctx // a unix socket answers at once
-		if err == nil {
-			client := ttrpc.NewClient(conn)
-			h.t.Cleanup(func() { _ = client.Close() }) // the host may have ended
-			h.NodeService = api.NewNodeClient(client)
-			return
+	waitFor(h.t, func() error {
+		conn, err := net.Dial("unix", filepath.Join(h.root(), "tatami-host.sock")) //nolint:noctx // a unix socket answers at once
+		if err != nil {
+			return err
 		}
-		if time.Now().After(deadline) {
-			h.t.Fatalf("tatami-host does not listen: %v", err)
-		}
-	}
-}
-
-// attach serves a sandbox.
-func (h *host) attach(ctx context.Context, id string, s *shim.Sandbox) {
-	h.t.Helper()
-	_, err := h.Attach(ctx, &api.AttachRequest{Sandbox: id, Cid: s.CID(),
-		HostAddress: s.HostAddress(vsock.HostPort), RelayAddress: s.HostAddress(vsock.RelayPort)})
-	if err != nil {
-		h.t.Fatal(err)
-	}
-}
-
-// add lets a sandbox have a container.
-func (h *host) add(ctx context.Context, sandbox, id, ref string) {
-	h.t.Helper()
-	if _, err := h.AddContainer(ctx, &api.AddContainerRequest{Sandbox: sandbox, ContainerId: id, Reference: ref}); err != nil {
-		h.t.Fatal(err)
-	}
+		client := ttrpc.NewClient(conn)
+		h.t.Cleanup(func() { _ = client.Close() }) // the host may have ended
+		h.NodeService = api.NewNodeClient(client)
+		return nil
+	})
 }
 
 // relayed is how many bytes sandboxes have got.

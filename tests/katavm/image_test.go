@@ -70,7 +70,7 @@ func startRegistry(t *testing.T) (host string) {
 // Sizes of the test image's large files in bytes. Nothing compresses them.
 const (
 	dataSize   = 2 << 20  // read by tests
-	unusedSize = 10 << 20 // read by few
+	unusedSize = 14 << 20 // read by few
 )
 
 // testImage is an image in a registry and what is known of it.

@@ -40,6 +40,7 @@ type Options struct {
 	Files           map[string][]byte // files by their path in the guest
 	Args            []string          // more arguments for QEMU
 	Vsock           vm.Vsock
+	Dir             string // where the machine's sockets are; the system's for temporary files when empty
 }
 
 // Need skips the test with the reason when virtual machines cannot run here.
@@ -75,7 +76,7 @@ func Start(t testing.TB, o Options) *vm.VM {
 		t.Fatal(err)
 	}
 	cfg := vm.Config{Kernel: k, Initrd: image, Cmdline: o.Cmdline, MemoryMiB: o.MemoryMiB, CPUs: o.CPUs,
-		Network: o.Network, Reboot: o.Reboot, Args: o.Args, Accel: vm.Accel(os.Getenv("TATAMI_VM_ACCEL")), Vsock: o.Vsock}
+		Network: o.Network, Reboot: o.Reboot, Args: o.Args, Accel: vm.Accel(os.Getenv("TATAMI_VM_ACCEL")), Vsock: o.Vsock, Dir: o.Dir}
 	if os.Getenv("TATAMI_VM_CONSOLE") != "" {
 		cfg.Console = os.Stderr
 	}

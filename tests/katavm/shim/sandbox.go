@@ -83,6 +83,7 @@ func Start(t testing.TB, cfg Config) *Sandbox {
 	s.VM = vmtest.Start(t, vmtest.Options{
 		Init: Agent, MemoryMiB: cfg.MemoryMiB, Cmdline: strings.TrimSpace(cfg.extensionParameter() + " " + cfg.Cmdline),
 		Modules: []string{"virtio_blk"}, OptionalModules: []string{"dm_verity"}, Args: args,
+		Dir: dir, // as with every VMM of Kata, the socket lies below a directory of the sandbox's name
 	})
 	s.serveMonitor(filepath.Join(dir, monitorSocket))
 	s.client = &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
