@@ -24,16 +24,29 @@ type host struct {
 
 // Directories of a node, below that of the test.
 func (h *host) root() string       { return filepath.Join(h.dir, "tatami") }
+func (h *host) state() string      { return filepath.Join(h.dir, "state") }
 func (h *host) kata() string       { return filepath.Join(h.dir, "kata") }
 func (h *host) containerd() string { return filepath.Join(h.dir, "containerd") }
 
 const hostConfig = `
 version = 1
 root = %q
+state = %q
 [kata]
 discover = true
 run_dirs = [%q]
 containerd_state = %q
+[[snapshotter]]
+name = %q
+mode = "guest"
+[[snapshotter]]
+name = %q
+mode = "block"
+upper_size = %q
+[[snapshotter]]
+name = %q
+mode = "block"
+upper_size = "0"
 `
 
 // startHost runs a tatami-host until the test ends and connects to it.
@@ -41,7 +54,7 @@ func startHost(t *testing.T) *host {
 	t.Helper()
 	h := &host{t: t, dir: tempDir(t)}
 	file := filepath.Join(h.dir, "host.toml")
-	config := fmt.Sprintf(hostConfig, h.root(), h.kata(), h.containerd())
+	config := fmt.Sprintf(hostConfig, h.root(), h.state(), h.kata(), h.containerd(), guestMode, diskMode, upperSize, memoryMode)
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +86,7 @@ func startHost(t *testing.T) *host {
 func (h *host) connect() {
 	h.t.Helper()
 	waitFor(h.t, func() error {
-		conn, err := net.Dial("unix", filepath.Join(h.root(), "tatami-host.sock")) //nolint:noctx // a unix socket answers at once
+		conn, err := net.Dial("unix", filepath.Join(h.root(), "tatami-host.sock"))
 		if err != nil {
 			return err
 		}

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/tests/ocilayout"
@@ -56,7 +57,7 @@ func startRegistry(t *testing.T) (host string) {
 		}
 	})
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		resp, err := http.Get("http://" + host + "/v2/") //nolint:noctx // a local server answers at once
+		resp, err := http.Get("http://" + host + "/v2/")
 		if err == nil {
 			_ = resp.Body.Close()
 			return host
@@ -75,9 +76,10 @@ const (
 
 // testImage is an image in a registry and what is known of it.
 type testImage struct {
-	ref  string
-	tar  string // its only layer, as a file
-	size int64  // of the layer's blob
+	ref                     string
+	tar                     string // its only layer, as a file
+	size                    int64  // of the layer's blob
+	manifest, layer, diffID digest.Digest
 }
 
 // gzipped and eStargz are formats of a layer: a node fetches all of the first to
@@ -101,15 +103,15 @@ func pushImage(t *testing.T, host, name string, seed uint64, format func([]byte)
 	}
 	tarball := registrytest.Must(registrytest.Tar(entries...))
 	layer := registrytest.Must(format(tarball))
-	push(t, host+"/"+name, layer)
-	img := testImage{ref: host + "/" + name + ":v1", tar: filepath.Join(t.TempDir(), "layer.tar"), size: int64(len(layer.Blob))}
+	img := testImage{ref: host + "/" + name + ":v1", tar: filepath.Join(t.TempDir(), "layer.tar"), size: int64(len(layer.Blob)),
+		manifest: push(t, host+"/"+name, layer), layer: digest.FromBytes(layer.Blob), diffID: layer.DiffID}
 	if err := os.WriteFile(img.tar, tarball, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return img
 }
 
-func push(t *testing.T, repository string, layer registrytest.Layer) {
+func push(t *testing.T, repository string, layer registrytest.Layer) digest.Digest {
 	t.Helper()
 	layout, err := ocilayout.Create(t.TempDir())
 	if err != nil {
@@ -119,13 +121,16 @@ func push(t *testing.T, repository string, layer registrytest.Layer) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var img ocilayout.Image
 	desc.Annotations = layer.Annotations
+	var img ocilayout.Image
 	img.Manifest.Layers = []ocispec.Descriptor{desc}
 	img.Config.OS, img.Config.Architecture = "linux", runtime.GOARCH
-	img.Config.RootFS.Type = "layers"
-	img.Config.RootFS.DiffIDs = append(img.Config.RootFS.DiffIDs, layer.DiffID)
-	if err := layout.Finish(img); err != nil {
+	img.Config.RootFS = ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{layer.DiffID}}
+	manifest, err := layout.PutImage(img)
+	if err == nil {
+		err = layout.Seal(manifest)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -133,6 +138,7 @@ func push(t *testing.T, repository string, layer registrytest.Layer) {
 	if err := layout.Push(ctx, repository, "v1"); err != nil {
 		t.Fatal(err)
 	}
+	return manifest.Digest
 }
 
 // readFile reads a program of this machine, by its path or its name.
