@@ -77,6 +77,9 @@ unmount_image
 section "building"
 go test -run '^$' -bench 'Build|Inflate|Hit' -benchtime 2s ./rootfs/bootstrap ./rootfs/layer/... ./rootfs/store | grep -E '^(Benchmark|pkg)'
 
+section "snapshotter: layers as in containerd's benchsuite beside its overlayfs, and containers by mode, through a socket"
+go test -run '^$' -bench 'Layers|Container' -benchtime 2s ./host/snapshotter | grep '^Benchmark'
+
 section "memory"
 go build -o "$work/hostmem" ./tests/bench/hostmem
 "$work/hostmem" bin/tatami-host 100000

@@ -41,6 +41,12 @@ type Config struct {
 	Root string `toml:"root"`
 	// Socket is the control socket; tatami-host.sock in Root when empty.
 	Socket string `toml:"socket"`
+	// State is the directory of mounts, of the sockets of snapshotters, and of
+	// what describes them. It should be on a tmpfs.
+	State string `toml:"state"`
+	// MountHelper is the program that containerd runs to mount images of mode
+	// guest on the node.
+	MountHelper string `toml:"mount_helper"`
 	// IdleExit ends the program when the last control connection has closed:
 	// who attaches sandboxes stays connected as long as they live.
 	IdleExit bool `toml:"idle_exit"`
@@ -50,6 +56,9 @@ type Config struct {
 	Registry Registry `toml:"registry"`
 	Relay    Relay    `toml:"relay"`
 	Kata     Kata     `toml:"kata"`
+	// Snapshotters are what containerd finds here; none for a program that only
+	// serves sandboxes which are attached to it.
+	Snapshotters []Snapshotter `toml:"snapshotter"`
 }
 
 // Log says what is logged.
@@ -119,12 +128,14 @@ func (d Duration) MarshalText() ([]byte, error) {
 // Default returns the settings of a machine without a file.
 func Default() Config {
 	return Config{
-		Version:  Version,
-		Root:     "/var/lib/tatami",
-		Class:    "online",
-		Log:      Log{Level: "info", Format: "json"},
-		Registry: Registry{Layers: 8, Ranges: 4},
-		Relay:    Relay{Requests: 16, Stall: Duration(30 * time.Second)},
+		Version:     Version,
+		Root:        "/var/lib/tatami",
+		State:       "/run/tatami-host",
+		MountHelper: "/opt/tatami/bin/nydus-overlayfs-tatami",
+		Class:       "online",
+		Log:         Log{Level: "info", Format: "json"},
+		Registry:    Registry{Layers: 8, Ranges: 4},
+		Relay:       Relay{Requests: 16, Stall: Duration(30 * time.Second)},
 		Kata: Kata{
 			RunDirs: []string{"/run/kata", "/run/vc/sbs"}, HostPort: vsock.HostPort, RelayPort: vsock.RelayPort,
 			ContainerdState: "/run/containerd",
@@ -204,6 +215,9 @@ func (c *Config) check() error {
 		return fmt.Errorf("socket %q: give an absolute path of at most %d bytes", c.Socket, maxUnixPath)
 	}
 	if err := c.checkNumbers(); err != nil {
+		return err
+	}
+	if err := c.checkSnapshotters(); err != nil {
 		return err
 	}
 	if err := c.Kata.check(); err != nil {

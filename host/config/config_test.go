@@ -166,21 +166,63 @@ func TestExample(t *testing.T) {
 
 // A daemon with more settings is not understood any more.
 func TestSettings(t *testing.T) {
-	if n := fields(reflect.TypeFor[Config]()); n > 20 {
-		t.Fatalf("%d settings, at most 20 are wanted", n)
+	each := fields(reflect.TypeFor[Snapshotter]())
+	if n := fields(reflect.TypeFor[Config]()); n-each > 20 || each > 6 {
+		t.Fatalf("%d settings and %d of a snapshotter, at most 20 and 6 are wanted", n-each, each)
 	}
 }
 
 func fields(t reflect.Type) int {
 	n := 0
 	for i := range t.NumField() {
-		if f := t.Field(i); f.Type.Kind() == reflect.Struct {
-			n += fields(f.Type)
-		} else {
+		switch f := t.Field(i).Type; {
+		case f.Kind() == reflect.Struct:
+			n += fields(f)
+		case f.Kind() == reflect.Slice && f.Elem().Kind() == reflect.Struct:
+			n += fields(f.Elem())
+		default:
 			n++
 		}
 	}
 	return n
+}
+
+func TestSnapshotters(t *testing.T) {
+	const head = "version = 1\n"
+	for _, tc := range []struct{ name, text, err string }{
+		{"two", `[[snapshotter]]
+name = "a"
+mode = "guest"
+[[snapshotter]]
+name = "b"
+mode = "block"
+allow = ["share"]
+fallback = ["share", "full"]
+upper_size = "512M"`, ""},
+		{"no name", "[[snapshotter]]\nmode = \"guest\"", "name: give lower-case"},
+		{"path as name", "[[snapshotter]]\nname = \"../a\"\nmode = \"guest\"", "name: give lower-case"},
+		{"no mode", "[[snapshotter]]\nname = \"a\"", "give one of guest, block, share, full"},
+		{"unknown fallback", "[[snapshotter]]\nname = \"a\"\nmode = \"guest\"\nfallback = [\"lazy\"]", "mode \"lazy\""},
+		{"size", "[[snapshotter]]\nname = \"a\"\nmode = \"guest\"\nupper_size = \"big\"", "is no size"},
+		{"same name", "[[snapshotter]]\nname = \"a\"\nmode = \"guest\"\n[[snapshotter]]\nname = \"a\"\nmode = \"full\"", "another one has its name"},
+		{"same socket", "[[snapshotter]]\nname = \"a\"\nmode = \"guest\"\nsocket = \"/var/lib/tatami/tatami-host.sock\"", "another one has its name or socket"},
+		{"idle exit", "idle_exit = true\n[[snapshotter]]\nname = \"a\"\nmode = \"full\"", "idle_exit"},
+		{"helper", "mount_helper = \"/bin/mount\"", "mount_helper"},
+		{"state", "state = \"run\"", "state"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c, err := Decode([]byte(head + tc.text))
+			if err == nil {
+				err = c.check()
+			}
+			if tc.err == "" && (err != nil || c.Snapshotters[1].UpperSize != 512<<20 || c.Snapshotters[0].Socket != "/run/tatami-host/a.sock") {
+				t.Errorf("%+v, error %v", c.Snapshotters, err)
+			}
+			if tc.err != "" && (err == nil || !strings.Contains(err.Error(), tc.err)) {
+				t.Errorf("error %v, want one with %q", err, tc.err)
+			}
+		})
+	}
 }
 
 func FuzzConfig(f *testing.F) {

@@ -54,6 +54,7 @@ func (f *flags) set(usage io.Writer) *flag.FlagSet {
 	})
 	f.text(s, "root", "`directory` of everything the node keeps", func(c *Config) *string { return &c.Root })
 	f.text(s, "socket", "control socket `path`", func(c *Config) *string { return &c.Socket })
+	f.text(s, "state", "`directory` of mounts and sockets, on a tmpfs", func(c *Config) *string { return &c.State })
 	f.text(s, "class", "`class` of containers that do not say: online or batch", func(c *Config) *string { return &c.Class })
 	f.text(s, "log-level", "`level`: debug, info, warn or error", func(c *Config) *string { return &c.Log.Level })
 	f.text(s, "log-format", "`format`: json or text", func(c *Config) *string { return &c.Log.Format })

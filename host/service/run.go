@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"oras.land/oras-go/v2/registry/remote/auth"
 	"oras.land/oras-go/v2/registry/remote/credentials"
 
@@ -40,10 +41,31 @@ const firstGrace = time.Minute
 // before a guest gives the node up.
 const registryStall = 10 * time.Second
 
+// Beside is what else a program does with the node.
+type Beside struct {
+	// Control is the control socket, if it is open already.
+	Control net.Listener
+	// Open starts it; nil when there is nothing.
+	Open func(ctx context.Context, n *node.Node) (Local, error)
+	// Ready is called when everything serves; may be nil.
+	Ready func()
+}
+
+// Local uses the images of the node on the node itself.
+type Local interface {
+	Containers
+	// Serve answers until ctx ends.
+	Serve(ctx context.Context) error
+	// Status tells what it does.
+	Status(ctx context.Context) ([]*api.SnapshotterStatus, error)
+	// Close gives back everything but what shall outlive this process.
+	Close() error
+}
+
 // Run serves the node until ctx ends, or, with IdleExit, until nothing uses it
 // any more. Then it lets calls under way finish, for a while, and makes the
 // store durable.
-func Run(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
+func Run(ctx context.Context, cfg config.Config, beside Beside, log *slog.Logger) (err error) {
 	lock, err := lockRoot(cfg.Root, cfg.Socket)
 	if err != nil {
 		return err
@@ -66,18 +88,37 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.Close()) }()
-	s := New(Config{
+	conf := Config{
 		Node: n, Class: cfg.Class, Requests: cfg.Relay.Requests, Stall: time.Duration(cfg.Relay.Stall),
 		Notes: filepath.Join(cfg.Root, "sandboxes.json"), Restore: !cfg.IdleExit,
 		Discovery: DiscoveryOf(cfg.Kata), Log: log,
-	})
+	}
+	if beside.Open == nil {
+		return runService(ctx, conf, cfg, front, beside)
+	}
+	if conf.Local, err = beside.Open(ctx, n); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, conf.Local.Close()) }()
+	if conf.Discovery != nil {
+		conf.Discovery.Containers = conf.Local
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return conf.Local.Serve(ctx) })
+	g.Go(func() error { return runService(ctx, conf, cfg, front, beside) })
+	return g.Wait()
+}
+
+// runService serves sandboxes and the control socket.
+func runService(ctx context.Context, conf Config, cfg config.Config, front *front, beside Beside) (err error) {
+	s := New(conf)
 	defer s.finish(ctx)
 	s.Restore()
 	if cfg.Kata.Discover {
 		stop := s.runDiscovery(ctx)
 		defer func() { err = errors.Join(err, stop()) }()
 	}
-	return s.control(ctx, cfg, front)
+	return s.control(ctx, cfg, front, beside)
 }
 
 // DiscoveryOf is what the settings say of finding sandboxes; nil when they are
@@ -114,16 +155,21 @@ func credentialsOf(file string) auth.CredentialFunc {
 }
 
 // control serves the control socket until there is a reason to stop.
-func (s *Service) control(ctx context.Context, cfg config.Config, f *front) error {
-	l, err := vsock.Listen("unix:" + cfg.Socket)
-	if err != nil {
-		return fmt.Errorf("open the control socket: %w", err)
+func (s *Service) control(ctx context.Context, cfg config.Config, f *front, beside Beside) (err error) {
+	l := beside.Control
+	if l == nil {
+		if l, err = vsock.Listen("unix:" + cfg.Socket); err != nil {
+			return fmt.Errorf("open the control socket: %w", err)
+		}
 	}
 	api.RegisterNodeService(f.server, control{s})
 	t := &tracked{Listener: l, idle: make(chan struct{}, 1)}
 	ended := make(chan error, 1)
 	go func() { ended <- f.server.Serve(context.WithoutCancel(ctx), t) }()
 	s.log.Info("tatami-host serves", "root", cfg.Root, "socket", cfg.Socket, "pid", os.Getpid())
+	if beside.Ready != nil {
+		beside.Ready()
+	}
 	s.wait(ctx, cfg.IdleExit, t, ended)
 	_ = l.Close() // has no error but that it is closed
 	err = <-ended

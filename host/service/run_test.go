@@ -42,7 +42,7 @@ func run(t *testing.T, change func(*config.Config)) *daemon {
 	d := &daemon{cfg: cfg, stop: stop, done: make(chan struct{})}
 	go func() {
 		defer close(d.done)
-		d.err = Run(ctx, cfg, slog.New(slog.DiscardHandler))
+		d.err = Run(ctx, cfg, Beside{}, slog.New(slog.DiscardHandler))
 	}()
 	t.Cleanup(func() {
 		stop()
@@ -139,13 +139,13 @@ func TestSecondHost(t *testing.T) {
 	d.connect(t)
 	other := d.cfg
 	other.Socket += "2"
-	err := Run(t.Context(), other, slog.New(slog.DiscardHandler))
+	err := Run(t.Context(), other, Beside{}, slog.New(slog.DiscardHandler))
 	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "pid "+strconv.Itoa(os.Getpid())) || !strings.Contains(err.Error(), d.cfg.Socket) {
 		t.Errorf("error: %v", err)
 	}
 	other.Root = t.TempDir()
 	other.Socket = d.cfg.Socket
-	if err := Run(t.Context(), other, slog.New(slog.DiscardHandler)); !errdefs.IsAlreadyExists(err) {
+	if err := Run(t.Context(), other, Beside{}, slog.New(slog.DiscardHandler)); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("another root, the same socket: %v", err)
 	}
 	d.connect(t) // the first was not disturbed

@@ -42,6 +42,8 @@ type Config struct {
 	// Discovery finds sandboxes by themselves; none are found when nil.
 	Discovery *Discovery
 	Log       *slog.Logger
+	// Local is what else uses the node; nil when nothing does.
+	Local Local
 }
 
 // maxSandbox bounds an id in bytes.

@@ -2,11 +2,13 @@ package snapshotter
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -58,6 +60,8 @@ func (s *Snapshotter) holdAgain(ctx context.Context, key string, l *layout) (err
 	if l.given, err = s.hold(ctx, l.record); err != nil {
 		return err
 	}
+	s.links.Lock()
+	defer s.links.Unlock()
 	// Remove may have come between; it releases after the record is gone.
 	if now, err := s.layoutOf(ctx, key); err != nil || now.id != l.id {
 		ctx, cancel := undoing(ctx)
@@ -134,7 +138,7 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 		return fmt.Errorf("remove snapshot %q: %w", key, err)
 	}
 	s.cfg.step("removed")
-	if err := os.RemoveAll(s.path(id)); err != nil {
+	if err := s.discard(id); err != nil {
 		s.log.Warn("the directory of a removed snapshot stays for now", "key", key, "error", err)
 	}
 	s.cfg.step("directory removed")
@@ -144,6 +148,25 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 		s.disown(ctx, use{s.cfg.Name, r.chain.Manifest})
 	}
 	return nil
+}
+
+// discard removes the directory of a snapshot without a record; there may be
+// none.
+func (s *Snapshotter) discard(id string) error {
+	trash, err := s.putAside(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	s.cfg.step("put aside")
+	return errors.Join(err, os.RemoveAll(s.path(trash)))
+}
+
+// putAside gives a directory a name of which nobody has a record.
+func (s *Snapshotter) putAside(name string) (trash string, err error) {
+	s.links.Lock()
+	defer s.links.Unlock()
+	trash = trashPrefix + strings.ToLower(rand.Text())
+	return trash, os.Rename(s.path(name), s.path(trash))
 }
 
 // letGo releases a holder, at the latest at the next Cleanup.

@@ -2,7 +2,6 @@ package snapshotter
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -131,11 +130,9 @@ func (s *Snapshotter) sift(ctx context.Context, l *leftovers) error {
 	l.holders = without(l.holders, used)
 	l.dirs = without(l.dirs, ids)
 	for i, name := range l.dirs {
-		trash := trashPrefix + strings.ToLower(rand.Text())
-		if err := os.Rename(s.path(name), s.path(trash)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if l.dirs[i], err = s.putAside(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		l.dirs[i] = trash
 	}
 	return nil
 }

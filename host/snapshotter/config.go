@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 )
@@ -64,7 +65,9 @@ type Config struct {
 	Owners *Owners
 	Log    *slog.Logger
 
-	step func(name string) // called between the steps of a change, by tests
+	// Of tests.
+	step     func(name string) // called between the steps of a change
+	lockWait time.Duration
 }
 
 var nameForm = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,63}$`)

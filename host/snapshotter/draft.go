@@ -38,6 +38,7 @@ type draft struct {
 	token   string // random; of the directory and the holder
 	record  record
 	given   given
+	upper   bool // there is an image for writes
 }
 
 // given is what the node gives a snapshot.
@@ -224,7 +225,7 @@ func (d *draft) rename(id string) error {
 }
 
 func (d *draft) layout(id string) layout {
-	return layout{id: id, kind: d.request.kind, record: d.record, base: d.base, given: d.given}
+	return layout{id: id, kind: d.request.kind, record: d.record, base: d.base, given: d.given, upper: d.upper}
 }
 
 // link points the snapshot's link to where the image is mounted now.

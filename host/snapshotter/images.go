@@ -32,8 +32,8 @@ type Images interface {
 	Prepare(ctx context.Context, ref string, manifest digest.Digest) (diffIDs []digest.Digest, err error)
 	// Mount returns the absolute path of a directory at which the chain is
 	// mounted read-only. The mount lives until holder is released. Called
-	// again, also after a restart of the node, it gives what is there or
-	// mounts again. ErrNotImplemented when this machine cannot mount images.
+	// again, also after a restart of the machine, it gives what is there or
+	// mounts again, and fetches what the node has lost. ErrNotImplemented when this machine cannot mount images.
 	Mount(ctx context.Context, holder string, c Chain) (dir string, err error)
 	// File returns the absolute path of the one-file EROFS image of the chain,
 	// a regular file to stat(2). It lives as a mount does.

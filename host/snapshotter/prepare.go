@@ -182,7 +182,15 @@ func (s *Snapshotter) plan(r *request, b base) (tries []Mode, reason string) {
 	case !b.remote():
 		return []Mode{Full}, ""
 	}
-	return append([]Mode{r.mode}, s.cfg.Fallback...), ""
+	for _, m := range append([]Mode{r.mode}, s.cfg.Fallback...) {
+		if m == Full { // nothing was unpacked
+			m = Share
+		}
+		if !slices.Contains(tries, m) {
+			tries = append(tries, m)
+		}
+	}
+	return tries, ""
 }
 
 func (b base) remote() bool { return len(b.full) == 0 && b.chain.Manifest != "" }

@@ -108,25 +108,36 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	return s.walk(ctx, func(ctx context.Context, info snapshots.Info, _ record) error { return fn(ctx, visibleInfo(info)) }, filters...)
 }
 
+// walk calls fn when no transaction is open: one that only reads keeps bbolt
+// from growing the file, so it must not wait for a client, nor for fn's own.
 func (s *Snapshotter) walk(ctx context.Context, fn func(context.Context, snapshots.Info, record) error, filters ...string) error {
-	called := false
-	err := s.view(ctx, func(ctx context.Context) error {
+	infos, err := s.infos(ctx, filters)
+	if err != nil {
+		return err
+	}
+	for _, info := range infos {
+		r, err := readRecord(info.Labels)
+		if err != nil {
+			return fmt.Errorf("snapshot %q: %w", info.Name, err)
+		}
+		if err := fn(ctx, info, r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Snapshotter) infos(ctx context.Context, filters []string) (infos []snapshots.Info, err error) {
+	err = s.view(ctx, func(ctx context.Context) error {
 		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
-			called = true
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			r, err := readRecord(info.Labels)
-			if err != nil {
-				return fmt.Errorf("snapshot %q: %w", info.Name, err)
-			}
-			return fn(ctx, info, r)
+			infos = append(infos, info)
+			return ctx.Err()
 		}, filters...)
 	})
-	if !called && errdefs.IsNotFound(err) {
-		return nil // there has never been a snapshot
+	if errdefs.IsNotFound(err) {
+		return nil, nil // there has never been a snapshot
 	}
-	return err
+	return infos, err
 }
 
 // Entry says how a snapshot is served.

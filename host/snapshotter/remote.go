@@ -58,6 +58,9 @@ func (s *Snapshotter) serve(ctx context.Context, r *request) (err error) {
 		return errLazy{fmt.Errorf("containerd does not name the layer and the image (labels %s, %s and %s); set disable_snapshot_annotations = false: %w",
 			snapshots.LabelSnapshotRef, snapshotters.TargetRefLabel, snapshotters.TargetManifestDigestLabel, errdefs.ErrFailedPrecondition)}
 	}
+	if err := checkKey("label "+snapshotters.TargetRefLabel, ref); err != nil {
+		return err
+	}
 	u := use{s.cfg.Name, manifest}
 	if err := s.owners.acquire(ctx, u); err != nil {
 		return err

@@ -36,6 +36,11 @@ type Snapshotter struct {
 	mkfs    string   // path of mkfs.ext4; "" when it is not needed
 	overlay []string // options of every overlay mount
 
+	// links is held while a link in a snapshot's directory is replaced, with
+	// the record looked at, and while the directory of one without a record is
+	// put aside.
+	links sync.Mutex
+
 	mu     sync.Mutex
 	drafts map[string]bool // tokens of snapshots being made; protected by mu
 }
@@ -52,6 +57,9 @@ func Open(ctx context.Context, cfg Config) (_ *Snapshotter, err error) {
 	}
 	if cfg.step == nil {
 		cfg.step = func(string) {}
+	}
+	if cfg.lockWait == 0 {
+		cfg.lockWait = lockWait
 	}
 	if err := cfg.validate(); err != nil {
 		return nil, err
@@ -111,7 +119,7 @@ func (s *Snapshotter) openState(ctx context.Context) (err error) {
 		s.owners.step = s.cfg.step
 	}
 	s.meta, err = storage.NewMetaStore(filepath.Join(s.cfg.Root, "metadata.db"), func(o *bolt.Options) error {
-		o.Timeout = lockWait // else a second process would wait for ever
+		o.Timeout = s.cfg.lockWait // else a second process would wait for ever
 		return nil
 	})
 	if err != nil {

@@ -15,15 +15,15 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
-// serve gives the snapshotter a unix socket and returns containerd's client of
+// serve serves a proxy plugin at a unix socket and returns containerd's client of
 // it.
-func serve(s *Snapshotter, socket string) (_ snapshots.Snapshotter, stop func() error, err error) {
+func serve(socket string, register func(*grpc.Server)) (_ snapshots.Snapshotter, stop func() error, err error) {
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		return nil, nil, err
 	}
 	server := grpc.NewServer()
-	s.Register(server)
+	register(server)
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(l) }()
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -32,7 +32,22 @@ func serve(s *Snapshotter, socket string) (_ snapshots.Snapshotter, stop func() 
 		server.Stop()
 		return errors.Join(err, <-ended)
 	}
-	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), s.cfg.Name), stop, err
+	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "tatami"), stop, err
+}
+
+// listen serves as long as the test runs.
+func listen(t testing.TB, register func(*grpc.Server)) snapshots.Snapshotter {
+	t.Helper()
+	client, stop, err := serve(filepath.Join(t.TempDir(), "s"), register)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	return client
 }
 
 // containerd's own suite, through its own client.
@@ -41,12 +56,13 @@ func TestSuite(t *testing.T) {
 	for _, mode := range []Mode{Full, Share} {
 		t.Run(string(mode), func(t *testing.T) {
 			images := newDirImages(t, t.TempDir())
-			testsuite.SnapshotterSuite(t, "tatami", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+			// The name of what overlayfs cannot do: rename a directory of a lower.
+			testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 				s, err := Open(ctx, Config{Root: root, Name: "tatami", Mode: mode, Fallback: []Mode{Full}, Images: images})
 				if err != nil {
 					return nil, nil, err
 				}
-				client, stop, err := serve(s, filepath.Join(root, "s"))
+				client, stop, err := serve(filepath.Join(root, "s"), func(g *grpc.Server) { s.Register(g) })
 				return client, func() error { return errors.Join(stop(), s.Close()) }, err
 			})
 		})

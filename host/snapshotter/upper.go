@@ -46,6 +46,7 @@ func (d *draft) makeUpperFile(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, os.Remove(path))
 	}
+	d.upper = true
 	d.s.cfg.step("upper file")
 	return nil
 }

@@ -12,7 +12,7 @@ import (
 	"syscall"
 
 	"github.com/tatami-containers/tatami/host/config"
-	"github.com/tatami-containers/tatami/host/service"
+	"github.com/tatami-containers/tatami/host/daemon"
 )
 
 func main() {
@@ -26,7 +26,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	if err := service.Run(ctx, cfg, cfg.Log.Logger(os.Stderr)); err != nil {
+	if err := daemon.Run(ctx, cfg, os.Args[1:], cfg.Log.Logger(os.Stderr)); err != nil {
 		fmt.Fprintln(os.Stderr, "tatami-host:", err)
 		stop()
 		os.Exit(1)

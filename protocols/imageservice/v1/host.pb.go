@@ -911,6 +911,389 @@ func (*RemoveResponse) Descriptor() ([]byte, []int) {
 	return file_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
+type StatusRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusRequest) Reset() {
+	*x = StatusRequest{}
+	mi := &file_v1_host_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusRequest) ProtoMessage() {}
+
+func (x *StatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
+func (*StatusRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{16}
+}
+
+type StatusResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshotters  []*SnapshotterStatus   `protobuf:"bytes,1,rep,name=snapshotters,proto3" json:"snapshotters,omitempty"`
+	Sandboxes     []*SandboxStatus       `protobuf:"bytes,2,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusResponse) Reset() {
+	*x = StatusResponse{}
+	mi := &file_v1_host_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusResponse) ProtoMessage() {}
+
+func (x *StatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
+func (*StatusResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *StatusResponse) GetSnapshotters() []*SnapshotterStatus {
+	if x != nil {
+		return x.Snapshotters
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetSandboxes() []*SandboxStatus {
+	if x != nil {
+		return x.Sandboxes
+	}
+	return nil
+}
+
+// SnapshotterStatus is of one of containerd's proxy snapshotters.
+type SnapshotterStatus struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Name   string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Socket string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"`
+	// "guest", "block", "share" or "full".
+	Mode string `protobuf:"bytes,3,opt,name=mode,proto3" json:"mode,omitempty"`
+	// The snapshots of containers, and layers that are not served lazily.
+	Snapshots []*SnapshotStatus `protobuf:"bytes,4,rep,name=snapshots,proto3" json:"snapshots,omitempty"`
+	// Layers that are served lazily.
+	LazyLayers    int64 `protobuf:"varint,5,opt,name=lazy_layers,json=lazyLayers,proto3" json:"lazy_layers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotterStatus) Reset() {
+	*x = SnapshotterStatus{}
+	mi := &file_v1_host_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotterStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotterStatus) ProtoMessage() {}
+
+func (x *SnapshotterStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotterStatus.ProtoReflect.Descriptor instead.
+func (*SnapshotterStatus) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *SnapshotterStatus) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SnapshotterStatus) GetSocket() string {
+	if x != nil {
+		return x.Socket
+	}
+	return ""
+}
+
+func (x *SnapshotterStatus) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *SnapshotterStatus) GetSnapshots() []*SnapshotStatus {
+	if x != nil {
+		return x.Snapshots
+	}
+	return nil
+}
+
+func (x *SnapshotterStatus) GetLazyLayers() int64 {
+	if x != nil {
+		return x.LazyLayers
+	}
+	return 0
+}
+
+type SnapshotStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Key   string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// "active", "view" or "committed".
+	Kind           string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Reference      string `protobuf:"bytes,3,opt,name=reference,proto3" json:"reference,omitempty"`
+	ManifestDigest string `protobuf:"bytes,4,opt,name=manifest_digest,json=manifestDigest,proto3" json:"manifest_digest,omitempty"`
+	Mode           string `protobuf:"bytes,5,opt,name=mode,proto3" json:"mode,omitempty"`
+	// Why it is not the mode that was asked for; empty when it is.
+	Reason        string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotStatus) Reset() {
+	*x = SnapshotStatus{}
+	mi := &file_v1_host_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotStatus) ProtoMessage() {}
+
+func (x *SnapshotStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotStatus.ProtoReflect.Descriptor instead.
+func (*SnapshotStatus) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *SnapshotStatus) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *SnapshotStatus) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *SnapshotStatus) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *SnapshotStatus) GetManifestDigest() string {
+	if x != nil {
+		return x.ManifestDigest
+	}
+	return ""
+}
+
+func (x *SnapshotStatus) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *SnapshotStatus) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type SandboxStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// How the node knows the virtual machine.
+	Identity      string             `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`
+	Containers    []*ContainerStatus `protobuf:"bytes,3,rep,name=containers,proto3" json:"containers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SandboxStatus) Reset() {
+	*x = SandboxStatus{}
+	mi := &file_v1_host_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SandboxStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SandboxStatus) ProtoMessage() {}
+
+func (x *SandboxStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SandboxStatus.ProtoReflect.Descriptor instead.
+func (*SandboxStatus) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *SandboxStatus) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SandboxStatus) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *SandboxStatus) GetContainers() []*ContainerStatus {
+	if x != nil {
+		return x.Containers
+	}
+	return nil
+}
+
+type ContainerStatus struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Id             string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Reference      string                 `protobuf:"bytes,2,opt,name=reference,proto3" json:"reference,omitempty"`
+	ManifestDigest string                 `protobuf:"bytes,3,opt,name=manifest_digest,json=manifestDigest,proto3" json:"manifest_digest,omitempty"`
+	Class          string                 `protobuf:"bytes,4,opt,name=class,proto3" json:"class,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ContainerStatus) Reset() {
+	*x = ContainerStatus{}
+	mi := &file_v1_host_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ContainerStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ContainerStatus) ProtoMessage() {}
+
+func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ContainerStatus.ProtoReflect.Descriptor instead.
+func (*ContainerStatus) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ContainerStatus) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ContainerStatus) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *ContainerStatus) GetManifestDigest() string {
+	if x != nil {
+		return x.ManifestDigest
+	}
+	return ""
+}
+
+func (x *ContainerStatus) GetClass() string {
+	if x != nil {
+		return x.Class
+	}
+	return ""
+}
+
 var File_v1_host_proto protoreflect.FileDescriptor
 
 const file_v1_host_proto_rawDesc = "" +
@@ -974,9 +1357,38 @@ const file_v1_host_proto_rawDesc = "" +
 	"\tsandboxes\x18\x05 \x01(\x03R\tsandboxes\"8\n" +
 	"\rRemoveRequest\x12'\n" +
 	"\x0fmanifest_digest\x18\x01 \x01(\tR\x0emanifestDigest\"\x10\n" +
-	"\x0eRemoveResponse2K\n" +
+	"\x0eRemoveResponse\"\x0f\n" +
+	"\rStatusRequest\"\x8a\x01\n" +
+	"\x0eStatusResponse\x12@\n" +
+	"\fsnapshotters\x18\x01 \x03(\v2\x1c.tatami.v1.SnapshotterStatusR\fsnapshotters\x126\n" +
+	"\tsandboxes\x18\x02 \x03(\v2\x18.tatami.v1.SandboxStatusR\tsandboxes\"\xad\x01\n" +
+	"\x11SnapshotterStatus\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x12\n" +
+	"\x04mode\x18\x03 \x01(\tR\x04mode\x127\n" +
+	"\tsnapshots\x18\x04 \x03(\v2\x19.tatami.v1.SnapshotStatusR\tsnapshots\x12\x1f\n" +
+	"\vlazy_layers\x18\x05 \x01(\x03R\n" +
+	"lazyLayers\"\xa9\x01\n" +
+	"\x0eSnapshotStatus\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x1c\n" +
+	"\treference\x18\x03 \x01(\tR\treference\x12'\n" +
+	"\x0fmanifest_digest\x18\x04 \x01(\tR\x0emanifestDigest\x12\x12\n" +
+	"\x04mode\x18\x05 \x01(\tR\x04mode\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\"w\n" +
+	"\rSandboxStatus\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
+	"\bidentity\x18\x02 \x01(\tR\bidentity\x12:\n" +
+	"\n" +
+	"containers\x18\x03 \x03(\v2\x1a.tatami.v1.ContainerStatusR\n" +
+	"containers\"~\n" +
+	"\x0fContainerStatus\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
+	"\treference\x18\x02 \x01(\tR\treference\x12'\n" +
+	"\x0fmanifest_digest\x18\x03 \x01(\tR\x0emanifestDigest\x12\x14\n" +
+	"\x05class\x18\x04 \x01(\tR\x05class2K\n" +
 	"\x04Host\x12C\n" +
-	"\bDescribe\x12\x1a.tatami.v1.DescribeRequest\x1a\x1b.tatami.v1.DescribeResponse2\xe3\x03\n" +
+	"\bDescribe\x12\x1a.tatami.v1.DescribeRequest\x1a\x1b.tatami.v1.DescribeResponse2\xa2\x04\n" +
 	"\x04Node\x12@\n" +
 	"\aPrepare\x12\x19.tatami.v1.PrepareRequest\x1a\x1a.tatami.v1.PrepareResponse\x12C\n" +
 	"\bProgress\x12\x1a.tatami.v1.ProgressRequest\x1a\x1b.tatami.v1.ProgressResponse\x12=\n" +
@@ -984,6 +1396,7 @@ const file_v1_host_proto_rawDesc = "" +
 	"\x06Detach\x12\x18.tatami.v1.DetachRequest\x1a\x19.tatami.v1.DetachResponse\x12O\n" +
 	"\fAddContainer\x12\x1e.tatami.v1.AddContainerRequest\x1a\x1f.tatami.v1.AddContainerResponse\x12F\n" +
 	"\tNodeStats\x12\x1b.tatami.v1.NodeStatsRequest\x1a\x1c.tatami.v1.NodeStatsResponse\x12=\n" +
+	"\x06Status\x12\x18.tatami.v1.StatusRequest\x1a\x19.tatami.v1.StatusResponse\x12=\n" +
 	"\x06Remove\x12\x18.tatami.v1.RemoveRequest\x1a\x19.tatami.v1.RemoveResponseB?Z=github.com/tatami-containers/tatami/protocols/imageservice/v1b\x06proto3"
 
 var (
@@ -998,7 +1411,7 @@ func file_v1_host_proto_rawDescGZIP() []byte {
 	return file_v1_host_proto_rawDescData
 }
 
-var file_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_v1_host_proto_goTypes = []any{
 	(*DescribeRequest)(nil),      // 0: tatami.v1.DescribeRequest
 	(*DescribeResponse)(nil),     // 1: tatami.v1.DescribeResponse
@@ -1016,33 +1429,45 @@ var file_v1_host_proto_goTypes = []any{
 	(*NodeStatsResponse)(nil),    // 13: tatami.v1.NodeStatsResponse
 	(*RemoveRequest)(nil),        // 14: tatami.v1.RemoveRequest
 	(*RemoveResponse)(nil),       // 15: tatami.v1.RemoveResponse
-	(*Phase)(nil),                // 16: tatami.v1.Phase
-	(*StatsResponse)(nil),        // 17: tatami.v1.StatsResponse
+	(*StatusRequest)(nil),        // 16: tatami.v1.StatusRequest
+	(*StatusResponse)(nil),       // 17: tatami.v1.StatusResponse
+	(*SnapshotterStatus)(nil),    // 18: tatami.v1.SnapshotterStatus
+	(*SnapshotStatus)(nil),       // 19: tatami.v1.SnapshotStatus
+	(*SandboxStatus)(nil),        // 20: tatami.v1.SandboxStatus
+	(*ContainerStatus)(nil),      // 21: tatami.v1.ContainerStatus
+	(*Phase)(nil),                // 22: tatami.v1.Phase
+	(*StatsResponse)(nil),        // 23: tatami.v1.StatsResponse
 }
 var file_v1_host_proto_depIdxs = []int32{
-	16, // 0: tatami.v1.PrepareResponse.phases:type_name -> tatami.v1.Phase
-	17, // 1: tatami.v1.NodeStatsResponse.store:type_name -> tatami.v1.StatsResponse
-	0,  // 2: tatami.v1.Host.Describe:input_type -> tatami.v1.DescribeRequest
-	2,  // 3: tatami.v1.Node.Prepare:input_type -> tatami.v1.PrepareRequest
-	4,  // 4: tatami.v1.Node.Progress:input_type -> tatami.v1.ProgressRequest
-	6,  // 5: tatami.v1.Node.Attach:input_type -> tatami.v1.AttachRequest
-	8,  // 6: tatami.v1.Node.Detach:input_type -> tatami.v1.DetachRequest
-	10, // 7: tatami.v1.Node.AddContainer:input_type -> tatami.v1.AddContainerRequest
-	12, // 8: tatami.v1.Node.NodeStats:input_type -> tatami.v1.NodeStatsRequest
-	14, // 9: tatami.v1.Node.Remove:input_type -> tatami.v1.RemoveRequest
-	1,  // 10: tatami.v1.Host.Describe:output_type -> tatami.v1.DescribeResponse
-	3,  // 11: tatami.v1.Node.Prepare:output_type -> tatami.v1.PrepareResponse
-	5,  // 12: tatami.v1.Node.Progress:output_type -> tatami.v1.ProgressResponse
-	7,  // 13: tatami.v1.Node.Attach:output_type -> tatami.v1.AttachResponse
-	9,  // 14: tatami.v1.Node.Detach:output_type -> tatami.v1.DetachResponse
-	11, // 15: tatami.v1.Node.AddContainer:output_type -> tatami.v1.AddContainerResponse
-	13, // 16: tatami.v1.Node.NodeStats:output_type -> tatami.v1.NodeStatsResponse
-	15, // 17: tatami.v1.Node.Remove:output_type -> tatami.v1.RemoveResponse
-	10, // [10:18] is the sub-list for method output_type
-	2,  // [2:10] is the sub-list for method input_type
-	2,  // [2:2] is the sub-list for extension type_name
-	2,  // [2:2] is the sub-list for extension extendee
-	0,  // [0:2] is the sub-list for field type_name
+	22, // 0: tatami.v1.PrepareResponse.phases:type_name -> tatami.v1.Phase
+	23, // 1: tatami.v1.NodeStatsResponse.store:type_name -> tatami.v1.StatsResponse
+	18, // 2: tatami.v1.StatusResponse.snapshotters:type_name -> tatami.v1.SnapshotterStatus
+	20, // 3: tatami.v1.StatusResponse.sandboxes:type_name -> tatami.v1.SandboxStatus
+	19, // 4: tatami.v1.SnapshotterStatus.snapshots:type_name -> tatami.v1.SnapshotStatus
+	21, // 5: tatami.v1.SandboxStatus.containers:type_name -> tatami.v1.ContainerStatus
+	0,  // 6: tatami.v1.Host.Describe:input_type -> tatami.v1.DescribeRequest
+	2,  // 7: tatami.v1.Node.Prepare:input_type -> tatami.v1.PrepareRequest
+	4,  // 8: tatami.v1.Node.Progress:input_type -> tatami.v1.ProgressRequest
+	6,  // 9: tatami.v1.Node.Attach:input_type -> tatami.v1.AttachRequest
+	8,  // 10: tatami.v1.Node.Detach:input_type -> tatami.v1.DetachRequest
+	10, // 11: tatami.v1.Node.AddContainer:input_type -> tatami.v1.AddContainerRequest
+	12, // 12: tatami.v1.Node.NodeStats:input_type -> tatami.v1.NodeStatsRequest
+	16, // 13: tatami.v1.Node.Status:input_type -> tatami.v1.StatusRequest
+	14, // 14: tatami.v1.Node.Remove:input_type -> tatami.v1.RemoveRequest
+	1,  // 15: tatami.v1.Host.Describe:output_type -> tatami.v1.DescribeResponse
+	3,  // 16: tatami.v1.Node.Prepare:output_type -> tatami.v1.PrepareResponse
+	5,  // 17: tatami.v1.Node.Progress:output_type -> tatami.v1.ProgressResponse
+	7,  // 18: tatami.v1.Node.Attach:output_type -> tatami.v1.AttachResponse
+	9,  // 19: tatami.v1.Node.Detach:output_type -> tatami.v1.DetachResponse
+	11, // 20: tatami.v1.Node.AddContainer:output_type -> tatami.v1.AddContainerResponse
+	13, // 21: tatami.v1.Node.NodeStats:output_type -> tatami.v1.NodeStatsResponse
+	17, // 22: tatami.v1.Node.Status:output_type -> tatami.v1.StatusResponse
+	15, // 23: tatami.v1.Node.Remove:output_type -> tatami.v1.RemoveResponse
+	15, // [15:24] is the sub-list for method output_type
+	6,  // [6:15] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_v1_host_proto_init() }
@@ -1057,7 +1482,7 @@ func file_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_v1_host_proto_rawDesc), len(file_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -50,6 +50,7 @@ type NodeService interface {
 	Detach(context.Context, *DetachRequest) (*DetachResponse, error)
 	AddContainer(context.Context, *AddContainerRequest) (*AddContainerResponse, error)
 	NodeStats(context.Context, *NodeStatsRequest) (*NodeStatsResponse, error)
+	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	Remove(context.Context, *RemoveRequest) (*RemoveResponse, error)
 }
 
@@ -97,6 +98,13 @@ func RegisterNodeService(srv *ttrpc.Server, svc NodeService) {
 					return nil, err
 				}
 				return svc.NodeStats(ctx, &req)
+			},
+			"Status": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req StatusRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Status(ctx, &req)
 			},
 			"Remove": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req RemoveRequest
@@ -162,6 +170,14 @@ func (c *nodeClient) AddContainer(ctx context.Context, req *AddContainerRequest)
 func (c *nodeClient) NodeStats(ctx context.Context, req *NodeStatsRequest) (*NodeStatsResponse, error) {
 	var resp NodeStatsResponse
 	if err := c.client.Call(ctx, "tatami.v1.Node", "NodeStats", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *nodeClient) Status(ctx context.Context, req *StatusRequest) (*StatusResponse, error) {
+	var resp StatusResponse
+	if err := c.client.Call(ctx, "tatami.v1.Node", "Status", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

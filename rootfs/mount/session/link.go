@@ -40,6 +40,12 @@ type Link struct {
 	extra   []*os.File // as given to the supervisor
 }
 
+// Inherited says whether a supervisor started this process as its worker.
+func Inherited() bool {
+	_, ok := os.LookupEnv(handoverEnv)
+	return ok
+}
+
 // Inherit takes over what the supervisor of this process left it. Call it once
 // and early: the descriptors must not leak into other children.
 func Inherit() (*Link, error) {

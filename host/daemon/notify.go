@@ -1,0 +1,83 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strconv"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"golang.org/x/sys/unix"
+
+	"github.com/tatami-containers/tatami/rootfs/mount/session"
+)
+
+// fuseName is what the session's descriptor is called in systemd's store.
+const fuseName = "tatami-fuse"
+
+// inherited is the session's descriptor that systemd kept for us, if it did
+// (sd_listen_fds_with_names(3)).
+func inherited(log *slog.Logger) *os.File {
+	var fuse *os.File
+	for _, f := range activation.Files(true) {
+		if f.Name() == fuseName && fuse == nil {
+			fuse = f
+			continue
+		}
+		log.Warn("a descriptor from systemd is not used", "name", f.Name())
+		_ = f.Close() // whatever it was
+	}
+	return fuse
+}
+
+// store gives systemd the session to hold (sd_pid_notify_with_fds(3), FDSTORE)
+// and says whether it does so.
+func store(fuse *session.Session, log *slog.Logger) bool {
+	// systemd.exec(5): how many it would hold, since version 254. Before, it
+	// cannot be told; a service without a store says so in systemd's log.
+	if n, err := strconv.Atoi(os.Getenv("FDSTORE")); err == nil && n == 0 || os.Getenv("NOTIFY_SOCKET") == "" {
+		return false
+	}
+	f, err := fuse.Descriptor()
+	if err == nil {
+		defer f.Close()
+		err = notify("FDSTORE=1\nFDNAME="+fuseName, int(f.Fd()))
+	}
+	if err != nil {
+		log.Warn("systemd does not hold the FUSE session; mounts will not outlive this process", "error", err)
+	}
+	return err == nil
+}
+
+// ready tells systemd, if there is one, that everything serves.
+func ready() {
+	if err := notify("READY=1"); err != nil && !errors.Is(err, errNoManager) {
+		slog.Warn("systemd cannot be told that tatami-host is ready", "error", err)
+	}
+}
+
+var errNoManager = errors.New("no service manager listens (NOTIFY_SOCKET)")
+
+// notify sends a state to the service manager, with descriptors
+// (sd_notify(3): one datagram to the socket in NOTIFY_SOCKET).
+func notify(state string, fds ...int) error {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return errNoManager
+	}
+	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		return fmt.Errorf("notify service manager: %w", err)
+	}
+	defer c.Close()
+	var rights []byte
+	if len(fds) > 0 {
+		rights = unix.UnixRights(fds...)
+	}
+	if _, _, err := c.WriteMsgUnix([]byte(state), rights, nil); err != nil {
+		return fmt.Errorf("notify service manager: %w", err)
+	}
+	return nil
+}
