@@ -5,7 +5,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/gob"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -23,20 +25,19 @@ import (
 
 // blockRig is a node with a sandbox whose images are disks.
 type blockRig struct {
-	host    *host
-	sandbox *shim.Sandbox
-	img     testImage
-	file    string // the image as one EROFS file, served lazily on the node
-	upper   string // an ext4 file
+	host         *host
+	disk, memory *snapshotter // where writes go
+	sandbox      *shim.Sandbox
+	img          testImage
+	image, upper string // files that are disks: the image, served lazily, and an ext4
 }
 
 // TestBlock is the mode block: the lazily served image file as a raw virtio-blk
 // disk below the overlay that the agent makes.
 func TestBlock(t *testing.T) {
 	need(t)
-	r := &blockRig{host: startHost(t), img: pushImage(t, startRegistry(t), "block", 7, eStargz), upper: filepath.Join(t.TempDir(), "rwlayer.img")}
-	r.file = lazyFile(t, r.img)
-	run(t, "mkfs.ext4", "-q", r.upper, "64M")
+	r := &blockRig{host: startHost(t), img: pushImage(t, startRegistry(t), "block", 7, eStargz)}
+	r.disk, r.memory = r.host.snapshotter(diskMode), r.host.snapshotter(memoryMode)
 	r.sandbox = shim.Start(t, shim.Config{ID: sandboxID, RunDir: r.host.kata(), ContainerdState: r.host.containerd()})
 	for _, step := range []struct {
 		name string
@@ -52,39 +53,24 @@ func TestBlock(t *testing.T) {
 	}
 }
 
-// lazyFile is the image as one EROFS file.
-func lazyFile(t *testing.T, img testImage) string {
-	t.Helper()
-	dir, file := t.TempDir(), filepath.Join(t.TempDir(), "image.erofs")
-	run(t, "tar", "--extract", "--file", img.tar, "--directory", dir, "--numeric-owner", "--same-permissions", "--delay-directory-restore")
-	run(t, "mkfs.erofs", "--quiet", file, dir)
-	return file
-}
-
-// blockMounts is the mount list of a container in the mode block; upper is "" for
-// one whose writes stay in the guest's memory.
-func blockMounts(file, upper string) []shim.Mount {
-	lower := shim.Mount{Type: "erofs", Source: file, Options: []string{"ro", "loop"}}
-	if upper == "" {
-		return []shim.Mount{lower, {Type: "format/mkdir/overlay", Source: "overlay", Options: []string{"lowerdir={{ mount 0 }}"}}}
-	}
-	return []shim.Mount{{Type: "ext4", Source: upper, Options: []string{"rw", "loop"}}, lower, {Type: "format/mkdir/overlay", Source: "overlay",
-		Options: []string{"X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
-			"workdir={{ mount 0 }}/work", "upperdir={{ mount 0 }}/upper", "lowerdir={{ mount 1 }}"}}}
-}
-
-func (r *blockRig) create(t *testing.T, id, upper string, command ...string) {
+// create makes a container and returns its mount list.
+func (r *blockRig) create(t *testing.T, id string, s *snapshotter, command ...string) []shim.Mount {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
+	mounts, err := s.prepare(ctx, id, r.img)
+	if err != nil {
+		t.Fatal(err)
+	}
 	spec, err := bundle.Spec(ocispec.ImageConfig{}, command, id)
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = r.sandbox.Create(ctx, id, blockMounts(r.file, upper), spec, map[string]string{kata.ContainerType: "container", kata.ImageName: r.img.ref})
+	err = r.sandbox.Create(ctx, id, mounts, spec, map[string]string{kata.ContainerType: "container", kata.ImageName: r.img.ref})
 	if err != nil {
 		t.Fatal(err)
 	}
+	return mounts
 }
 
 const writing = "cat /etc/name; sha256sum </data; echo new >/etc/new; echo more >>/etc/name; rm /etc/alias; cat /etc/new /etc/name; ls /etc"
@@ -95,7 +81,8 @@ func written(seed uint64) string {
 
 // testDiskUpper writes to an ext4 disk, and reads a part of the image.
 func (r *blockRig) testDiskUpper(t *testing.T) {
-	r.create(t, "disk", r.upper, "/bin/sh", "-c", writing)
+	mounts := r.create(t, "disk", r.disk, "/bin/sh", "-c", writing)
+	r.upper, r.image = mounts[0].Source, mounts[1].Source
 	if got, want := output(t, r.sandbox, "disk"), written(7); got != want {
 		t.Errorf("output %q, want %q", got, want)
 	}
@@ -117,7 +104,7 @@ func (r *blockRig) testDiskUpper(t *testing.T) {
 // for writes: it does not see those of the first. Then it tells the tree.
 func (r *blockRig) testMemoryUpper(t *testing.T) {
 	skip := []string{"proc", "sys", "dev"}
-	r.create(t, "memory", "", append([]string{"/treedump", "/"}, skip...)...)
+	r.create(t, "memory", r.memory, append([]string{"/treedump", "/"}, skip...)...)
 	var got treecmp.Tree
 	if err := gob.NewDecoder(bytes.NewReader([]byte(output(t, r.sandbox, "memory")))).Decode(&got); err != nil {
 		t.Fatal(err)
@@ -128,7 +115,7 @@ func (r *blockRig) testMemoryUpper(t *testing.T) {
 	if diff := treecmp.Diff(got, want); len(diff) > 0 {
 		t.Errorf("the tree in the guest is not the image's:\n%s", strings.Join(diff, "\n"))
 	}
-	r.create(t, "memory-2", "", "/bin/sh", "-c", writing)
+	r.create(t, "memory-2", r.memory, "/bin/sh", "-c", writing)
 	if got, want := output(t, r.sandbox, "memory-2"), written(7); got != want {
 		t.Errorf("output %q, want %q", got, want)
 	}
@@ -140,16 +127,27 @@ func (r *blockRig) testMemoryUpper(t *testing.T) {
 // there (LinuxContainer::destroy comes before remove_container_resources). The
 // shim unplugs the disks all the same.
 func (r *blockRig) testRemoval(t *testing.T) {
-	for _, id := range []string{"disk", "memory", "memory-2"} {
+	for id, snapshots := range map[string]*snapshotter{"disk": r.disk, "memory": r.memory, "memory-2": r.memory} {
 		if err := r.sandbox.Remove(t.Context(), id); err == nil || !strings.Contains(err.Error(), "read-only file system") {
 			t.Errorf("%s: %v, want the agent's own failure", id, err)
 		}
+		snapshots.remove(t.Context(), id)
 	}
-	for _, file := range []string{r.file, r.upper} {
-		if open := openFiles(t, r.sandbox.PID()); slices.Contains(open, file) {
+	open := openFiles(t, r.sandbox.PID())
+	for _, file := range []string{r.image, r.upper} {
+		if slices.Contains(open, file) {
 			t.Errorf("QEMU has %s open still", file)
 		}
+		waitFor(t, func() error {
+			if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("%s is there still (%v)", file, err)
+			}
+			return nil
+		})
 	}
+	r.disk.removeImages(t.Context())
+	r.memory.removeImages(t.Context())
+	r.host.checkEmpty(t.Context())
 }
 
 // openFiles lists what a process has open.

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/base64"
 	"encoding/gob"
 	"fmt"
 	"strings"
@@ -25,11 +24,10 @@ const sandboxID = "5e9d0e7a4f1b4d0c8a6f2b3c4d5e6f70"
 
 // guestRig is a node with a sandbox in which images are pulled by the guest.
 type guestRig struct {
-	t       *testing.T
-	host    *host
-	sandbox *shim.Sandbox
-	one     testImage
-	two     testImage
+	host      *host
+	snapshots *snapshotter
+	sandbox   *shim.Sandbox
+	one, two  testImage
 }
 
 // TestGuest is the mode guest from the pod's sandbox to the removal of its
@@ -38,7 +36,8 @@ func TestGuest(t *testing.T) {
 	need(t)
 	image, _ := extensionImage(t)
 	reg := startRegistry(t)
-	r := &guestRig{t: t, host: startHost(t), one: pushImage(t, reg, "one", 1, gzipped), two: pushImage(t, reg, "two", 3, gzipped)}
+	r := &guestRig{host: startHost(t), one: pushImage(t, reg, "one", 1, gzipped), two: pushImage(t, reg, "two", 3, gzipped)}
+	r.snapshots = r.host.snapshotter(guestMode)
 	r.sandbox = shim.Start(t, shim.Config{ID: sandboxID, RunDir: r.host.kata(), ContainerdState: r.host.containerd(),
 		Extension: image, Cmdline: "tatami.registry=false"})
 	for _, step := range []struct {
@@ -59,39 +58,29 @@ func TestGuest(t *testing.T) {
 	}
 }
 
-// guestMounts is the mount list of a container in the mode guest. The overlay is
-// for a host that mounts it; the shim looks at the volume alone.
-func guestMounts(ref string) []shim.Mount {
-	volume := fmt.Sprintf(`{"volume_type":"image_guest_pull","source":%q,"image_pull":{"metadata":{}}}`, ref)
-	return []shim.Mount{{
-		Type: "fuse./opt/tatami/bin/nydus-overlayfs-tatami", Source: "overlay",
-		Options: []string{"workdir=/w", "upperdir=/u", "lowerdir=/l", "io.katacontainers.volume=" + base64.StdEncoding.EncodeToString([]byte(volume))},
-	}}
-}
-
 // create makes a container of an image.
 func (r *guestRig) create(t *testing.T, id string, img testImage, command ...string) {
 	t.Helper()
-	if err := r.pull(t.Context(), id, img.ref, command...); err != nil {
+	if err := r.pull(t.Context(), id, img, sandboxID, command...); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func (r *guestRig) pull(ctx context.Context, id, ref string, command ...string) error {
-	return r.pullFor(ctx, sandboxID, id, ref, command...)
-}
-
-// pullFor is pull for a container of which containerd says that it belongs to
-// the given sandbox.
-func (r *guestRig) pullFor(ctx context.Context, sandbox, id, ref string, command ...string) error {
+// pull makes a container of which containerd says that it belongs to the given
+// sandbox.
+func (r *guestRig) pull(ctx context.Context, id string, img testImage, sandbox string, command ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
+	mounts, err := r.snapshots.prepare(ctx, id, img)
+	if err != nil {
+		return err
+	}
 	spec, err := bundle.Spec(ocispec.ImageConfig{}, command, id)
 	if err != nil {
 		return err
 	}
-	return r.sandbox.Create(ctx, id, guestMounts(ref), spec,
-		map[string]string{kata.ContainerType: "container", kata.ImageName: ref, kata.SandboxID: sandbox})
+	return r.sandbox.Create(ctx, id, mounts, spec,
+		map[string]string{kata.ContainerType: "container", kata.ImageName: img.ref, kata.SandboxID: sandbox})
 }
 
 // output starts a container and returns what it wrote; it must end well.
@@ -128,8 +117,11 @@ func (r *guestRig) testSandbox(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = r.sandbox.Create(t.Context(), sandboxID, guestMounts("registry.example/pause:3"), spec,
-		map[string]string{kata.ContainerType: "sandbox", kata.ImageName: "registry.example/pause:3"})
+	mounts, err := r.snapshots.prepare(t.Context(), sandboxID, r.one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = r.sandbox.Create(t.Context(), sandboxID, mounts, spec, map[string]string{kata.ContainerType: "sandbox", kata.ImageName: r.one.ref})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,7 +178,7 @@ func (r *guestRig) testTogether(t *testing.T) {
 	var wg sync.WaitGroup
 	for id, img := range pulls {
 		wg.Go(func() {
-			if err := r.pull(t.Context(), id, img.ref, "/bin/cat", "/etc/name"); err != nil {
+			if err := r.pull(t.Context(), id, img, sandboxID, "/bin/cat", "/etc/name"); err != nil {
 				t.Errorf("%s: %v", id, err)
 			}
 		})
@@ -204,12 +196,13 @@ func (r *guestRig) testTogether(t *testing.T) {
 
 // testForeign pulls for a container that belongs to another sandbox.
 func (r *guestRig) testForeign(t *testing.T) {
-	err := r.pullFor(t.Context(), "another", "foreign", r.one.ref, "/bin/echo")
+	err := r.pull(t.Context(), "foreign", r.one, "another", "/bin/echo")
 	if err == nil || !strings.Contains(err.Error(), "foreign") {
 		t.Errorf("pull for a container of another sandbox: %v", err)
 	}
 	// The agent makes the bundle before it pulls, and leaves it; it must be empty.
 	shell(t, r.sandbox, "rmdir /run/kata-containers/foreign")
+	r.snapshots.remove(t.Context(), "foreign")
 }
 
 // testWorkerDies kills the worker of tatami-guest while a container reads, and
@@ -248,7 +241,7 @@ func (r *guestRig) testWorkerDies(t *testing.T) {
 	}
 }
 
-// testRemoval removes all containers and looks for what is left in the guest.
+// testRemoval removes all containers and images and looks for what is left.
 func (r *guestRig) testRemoval(t *testing.T) {
 	r.create(t, "busy", r.one, "/bin/sleep", "1000")
 	if err := r.sandbox.Start(t.Context(), "busy"); err != nil {
@@ -258,8 +251,11 @@ func (r *guestRig) testRemoval(t *testing.T) {
 		if err := r.sandbox.Remove(t.Context(), id); err != nil {
 			t.Fatalf("%s: %v", id, err)
 		}
+		r.snapshots.remove(t.Context(), id)
 	}
 	waitFor(t, func() error { return leftovers(t, r.sandbox) })
+	r.snapshots.removeImages(t.Context())
+	r.host.checkEmpty(t.Context())
 }
 
 // leftovers tells what of containers is in the guest still.

@@ -106,3 +106,15 @@ func (h *host) relayed(ctx context.Context) int64 {
 	}
 	return stats.RelayBytes
 }
+
+// checkEmpty waits until the node has no image any more.
+func (h *host) checkEmpty(ctx context.Context) {
+	h.t.Helper()
+	waitFor(h.t, func() error {
+		stats, err := h.NodeStats(ctx, &api.NodeStatsRequest{})
+		if err == nil && stats.Images != 0 {
+			err = fmt.Errorf("the node has %d images still", stats.Images)
+		}
+		return err
+	})
+}
