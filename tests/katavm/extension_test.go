@@ -45,7 +45,7 @@ func TestVerifiedExtension(t *testing.T) {
 	if mounts := shell(t, s, "grep /run/kata-extensions/coco /proc/mounts"); !strings.HasPrefix(mounts, "/dev/dm-0 ") {
 		t.Errorf("the extension is not mounted from a verified device: %s", mounts)
 	}
-	r := &guestRig{host: h, snapshots: h.snapshotter(guestMode), sandbox: s}
+	r := &guestRig{host: h, snapshots: h.snapshotter(t, guestMode), sandbox: s}
 	r.create(t, "verified", img, "/bin/cat", "/etc/name")
 	if got := output(t, s, "verified"); got != "verified\n" {
 		t.Errorf("output %q", got)

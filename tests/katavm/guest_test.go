@@ -37,7 +37,7 @@ func TestGuest(t *testing.T) {
 	image, _ := extensionImage(t)
 	reg := startRegistry(t)
 	r := &guestRig{host: startHost(t), one: pushImage(t, reg, "one", 1, gzipped), two: pushImage(t, reg, "two", 3, gzipped)}
-	r.snapshots = r.host.snapshotter(guestMode)
+	r.snapshots = r.host.snapshotter(t, guestMode)
 	r.sandbox = shim.Start(t, shim.Config{ID: sandboxID, RunDir: r.host.kata(), ContainerdState: r.host.containerd(),
 		Extension: image, Cmdline: "tatami.registry=false"})
 	for _, step := range []struct {
@@ -139,13 +139,13 @@ func (r *guestRig) testSandbox(t *testing.T) {
 
 // testLazy runs a process that reads a part of the image.
 func (r *guestRig) testLazy(t *testing.T) {
-	before := r.host.relayed(t.Context())
+	before := r.host.relayed(t)
 	r.create(t, "lazy", r.one, "/bin/sh", "-c", "cat /etc/name; sha256sum </data; echo new >/etc/new; cat /etc/new; id -u")
 	want := fmt.Sprintf("one\n%x  -\nnew\n0\n", sha256.Sum256([]byte(noise(1, dataSize))))
 	if got := output(t, r.sandbox, "lazy"); got != want {
 		t.Errorf("output %q, want %q", got, want)
 	}
-	got := r.host.relayed(t.Context()) - before
+	got := r.host.relayed(t) - before
 	t.Logf("%d bytes over the relay, image of %d", got, r.one.size)
 	if got < dataSize || got > r.one.size-unusedSize/2 {
 		t.Errorf("%d bytes over the relay for %d bytes of data in an image of %d", got, dataSize, r.one.size)
@@ -202,19 +202,19 @@ func (r *guestRig) testForeign(t *testing.T) {
 	}
 	// The agent makes the bundle before it pulls, and leaves it; it must be empty.
 	shell(t, r.sandbox, "rmdir /run/kata-containers/foreign")
-	r.snapshots.remove(t.Context(), "foreign")
+	r.snapshots.remove(t, "foreign")
 }
 
 // testWorkerDies kills the worker of tatami-guest while a container reads, and
 // pulls on the agent's old connection afterwards.
 func (r *guestRig) testWorkerDies(t *testing.T) {
 	r.create(t, "reader", r.two, "/bin/sh", "-c", "cat /unused | sha256sum")
-	start := r.host.relayed(t.Context())
+	start := r.host.relayed(t)
 	if err := r.sandbox.Start(t.Context(), "reader"); err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, func() error {
-		if got := r.host.relayed(t.Context()) - start; got < 2<<20 {
+		if got := r.host.relayed(t) - start; got < 2<<20 {
 			return fmt.Errorf("%d bytes read", got)
 		}
 		return nil
@@ -251,11 +251,11 @@ func (r *guestRig) testRemoval(t *testing.T) {
 		if err := r.sandbox.Remove(t.Context(), id); err != nil {
 			t.Fatalf("%s: %v", id, err)
 		}
-		r.snapshots.remove(t.Context(), id)
+		r.snapshots.remove(t, id)
 	}
 	waitFor(t, func() error { return leftovers(t, r.sandbox) })
-	r.snapshots.removeImages(t.Context())
-	r.host.checkEmpty(t.Context())
+	r.snapshots.removeImages(t)
+	r.snapshots.collect(t, r.host)
 }
 
 // leftovers tells what of containers is in the guest still.

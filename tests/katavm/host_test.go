@@ -1,7 +1,6 @@
 package katavm
 
 import (
-	"context"
 	"fmt"
 	"net"
 	"os"
@@ -18,7 +17,6 @@ import (
 // host is a running tatami-host that finds sandboxes by itself.
 type host struct {
 	api.NodeService
-	t   *testing.T
 	dir string // everything of the node, Kata's and containerd's directories, too
 }
 
@@ -52,7 +50,7 @@ upper_size = "0"
 // startHost runs a tatami-host until the test ends and connects to it.
 func startHost(t *testing.T) *host {
 	t.Helper()
-	h := &host{t: t, dir: tempDir(t)}
+	h := &host{dir: tempDir(t)}
 	file := filepath.Join(h.dir, "host.toml")
 	config := fmt.Sprintf(hostConfig, h.root(), h.state(), h.kata(), h.containerd(), guestMode, diskMode, upperSize, memoryMode)
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
@@ -79,42 +77,30 @@ func startHost(t *testing.T) *host {
 			t.Logf("tatami-host:\n%s", b)
 		}
 	})
-	h.connect()
+	h.connect(t)
 	return h
 }
 
-func (h *host) connect() {
-	h.t.Helper()
-	waitFor(h.t, func() error {
+func (h *host) connect(t *testing.T) {
+	t.Helper()
+	waitFor(t, func() error {
 		conn, err := net.Dial("unix", filepath.Join(h.root(), "tatami-host.sock"))
 		if err != nil {
 			return err
 		}
 		client := ttrpc.NewClient(conn)
-		h.t.Cleanup(func() { _ = client.Close() }) // the host may have ended
+		t.Cleanup(func() { _ = client.Close() }) // the host may have ended
 		h.NodeService = api.NewNodeClient(client)
 		return nil
 	})
 }
 
 // relayed is how many bytes sandboxes have got.
-func (h *host) relayed(ctx context.Context) int64 {
-	h.t.Helper()
-	stats, err := h.NodeStats(ctx, &api.NodeStatsRequest{})
+func (h *host) relayed(t *testing.T) int64 {
+	t.Helper()
+	stats, err := h.NodeStats(t.Context(), &api.NodeStatsRequest{})
 	if err != nil {
-		h.t.Fatal(err)
+		t.Fatal(err)
 	}
 	return stats.RelayBytes
-}
-
-// checkEmpty waits until the node has no image any more.
-func (h *host) checkEmpty(ctx context.Context) {
-	h.t.Helper()
-	waitFor(h.t, func() error {
-		stats, err := h.NodeStats(ctx, &api.NodeStatsRequest{})
-		if err == nil && stats.Images != 0 {
-			err = fmt.Errorf("the node has %d images still", stats.Images)
-		}
-		return err
-	})
 }

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/tests/katavm/shim"
 )
 
@@ -29,19 +30,16 @@ const (
 
 // snapshotter is containerd's client of one of the node's snapshotters. It names
 // snapshots as containerd's metadata store does: namespace, number, name.
-type snapshotter struct {
-	snapshots.Snapshotter
-	t *testing.T
-}
+type snapshotter struct{ snapshots.Snapshotter }
 
-func (h *host) snapshotter(name string) *snapshotter {
-	h.t.Helper()
+func (h *host) snapshotter(t *testing.T, name string) *snapshotter {
+	t.Helper()
 	conn, err := grpc.NewClient("unix://"+h.state()+"/"+name+".sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
-		h.t.Fatal(err)
+		t.Fatal(err)
 	}
-	h.t.Cleanup(func() { _ = conn.Close() }) // the host may have ended
-	return &snapshotter{proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), name), h.t}
+	t.Cleanup(func() { _ = conn.Close() }) // the host may have ended
+	return &snapshotter{proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), name)}
 }
 
 // pull does what containerd's unpacker does for the image's layer: the node says
@@ -86,25 +84,46 @@ func (s *snapshotter) prepare(ctx context.Context, id string, img testImage) ([]
 }
 
 // remove removes the snapshot of a container.
-func (s *snapshotter) remove(ctx context.Context, id string) {
-	s.t.Helper()
-	if err := s.Remove(ctx, containerOf+id); err != nil {
-		s.t.Errorf("remove the snapshot of %s: %v", id, err)
+func (s *snapshotter) remove(t *testing.T, id string) {
+	t.Helper()
+	if err := s.Remove(t.Context(), containerOf+id); err != nil {
+		t.Errorf("remove the snapshot of %s: %v", id, err)
 	}
 }
 
 // removeImages removes what no container uses.
-func (s *snapshotter) removeImages(ctx context.Context) {
-	s.t.Helper()
+func (s *snapshotter) removeImages(t *testing.T) {
+	t.Helper()
 	var names []string
-	err := s.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+	err := s.Walk(t.Context(), func(_ context.Context, info snapshots.Info) error {
 		names = append(names, info.Name)
 		return nil
 	})
 	for _, name := range names {
-		err = errors.Join(err, s.Remove(ctx, name))
+		err = errors.Join(err, s.Remove(t.Context(), name))
 	}
 	if err != nil {
-		s.t.Error(err)
+		t.Error(err)
 	}
+}
+
+// collect waits until the node has no image any more. It asks for a Cleanup, as
+// containerd does after each garbage collection: an image that a sandbox used a
+// moment ago goes with one of those.
+func (s *snapshotter) collect(t *testing.T, h *host) {
+	t.Helper()
+	cleaner, ok := s.Snapshotter.(snapshots.Cleaner)
+	if !ok {
+		t.Fatal("the snapshotter has no Cleanup")
+	}
+	waitFor(t, func() error {
+		if err := cleaner.Cleanup(t.Context()); err != nil {
+			return err
+		}
+		stats, err := h.NodeStats(t.Context(), &api.NodeStatsRequest{})
+		if err == nil && stats.Images != 0 {
+			err = fmt.Errorf("the node has %d images still", stats.Images)
+		}
+		return err
+	})
 }
