@@ -16,7 +16,6 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/tests/katavm/kata"
 	"github.com/tatami-containers/tatami/tests/katavm/shim"
 	"github.com/tatami-containers/tatami/tests/treecmp"
@@ -44,6 +43,7 @@ func TestBlock(t *testing.T) {
 		test func(*testing.T)
 	}{
 		{"DiskUpper", r.testDiskUpper},
+		{"HostDies", r.testHostDies},
 		{"MemoryUpper", r.testMemoryUpper},
 		{"Removal", r.testRemoval},
 	} {
@@ -86,17 +86,38 @@ func (r *blockRig) testDiskUpper(t *testing.T) {
 	if got, want := output(t, r.sandbox, "disk"), written(7); got != want {
 		t.Errorf("output %q, want %q", got, want)
 	}
-	stats, err := r.host.NodeStats(t.Context(), &api.NodeStatsRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("%d bytes from the registry, image of %d", stats.RegistryBytes, r.img.size)
-	if stats.RegistryBytes > r.img.size-unusedSize/2 {
-		t.Errorf("%d bytes came from the registry for %d bytes of data in an image of %d", stats.RegistryBytes, dataSize, r.img.size)
+	fetched := r.host.stats(t).RegistryBytes
+	t.Logf("%d bytes from the registry, image of %d", fetched, r.img.size)
+	if fetched < dataSize || fetched > r.img.size-unusedSize/2 {
+		t.Errorf("%d bytes came from the registry for %d bytes of data in an image of %d", fetched, dataSize, r.img.size)
 	}
 	shell(t, r.sandbox, "sync")
 	if got := run(t, "debugfs", "-R", "cat /upper/etc/new", r.upper); got != "new\n" {
 		t.Errorf("on the disk of the upper: %q", got)
+	}
+}
+
+// testHostDies kills the worker of tatami-host while QEMU reads the image file:
+// the disk pauses until the next one serves it.
+func (r *blockRig) testHostDies(t *testing.T) {
+	r.create(t, "reader", r.memory, "/bin/sh", "-c", "sha256sum </unused")
+	start := r.host.stats(t).RegistryBytes
+	if err := r.sandbox.Start(t.Context(), "reader"); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() error {
+		if got := r.host.stats(t).RegistryBytes - start; got < 1<<20 {
+			return fmt.Errorf("%d bytes read", got)
+		}
+		return nil
+	})
+	r.host.killWorker(t)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	out, err := r.sandbox.Wait(ctx, "reader")
+	want := fmt.Sprintf("%x  -\n", sha256.Sum256([]byte(noise(8, unusedSize))))
+	if err != nil || out.Code != 0 || string(out.Stdout) != want {
+		t.Errorf("%v, exit code %d, stdout %q, want %q, stderr %s", err, out.Code, out.Stdout, want, out.Stderr)
 	}
 }
 
@@ -127,7 +148,7 @@ func (r *blockRig) testMemoryUpper(t *testing.T) {
 // there (LinuxContainer::destroy comes before remove_container_resources). The
 // shim unplugs the disks all the same.
 func (r *blockRig) testRemoval(t *testing.T) {
-	for id, snapshots := range map[string]*snapshotter{"disk": r.disk, "memory": r.memory, "memory-2": r.memory} {
+	for id, snapshots := range map[string]*snapshotter{"disk": r.disk, "reader": r.memory, "memory": r.memory, "memory-2": r.memory} {
 		if err := r.sandbox.Remove(t.Context(), id); err == nil || !strings.Contains(err.Error(), "read-only file system") {
 			t.Errorf("%s: %v, want the agent's own failure", id, err)
 		}

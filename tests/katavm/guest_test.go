@@ -50,6 +50,7 @@ func TestGuest(t *testing.T) {
 		{"Together", r.testTogether},
 		{"Foreign", r.testForeign},
 		{"WorkerDies", r.testWorkerDies},
+		{"HostDies", r.testHostDies},
 		{"Removal", r.testRemoval},
 	} {
 		if !t.Run(step.name, step.test) {
@@ -139,13 +140,13 @@ func (r *guestRig) testSandbox(t *testing.T) {
 
 // testLazy runs a process that reads a part of the image.
 func (r *guestRig) testLazy(t *testing.T) {
-	before := r.host.relayed(t)
+	before := r.host.stats(t).RelayBytes
 	r.create(t, "lazy", r.one, "/bin/sh", "-c", "cat /etc/name; sha256sum </data; echo new >/etc/new; cat /etc/new; id -u")
 	want := fmt.Sprintf("one\n%x  -\nnew\n0\n", sha256.Sum256([]byte(noise(1, dataSize))))
 	if got := output(t, r.sandbox, "lazy"); got != want {
 		t.Errorf("output %q, want %q", got, want)
 	}
-	got := r.host.relayed(t) - before
+	got := r.host.stats(t).RelayBytes - before
 	t.Logf("%d bytes over the relay, image of %d", got, r.one.size)
 	if got < dataSize || got > r.one.size-unusedSize/2 {
 		t.Errorf("%d bytes over the relay for %d bytes of data in an image of %d", got, dataSize, r.one.size)
@@ -208,36 +209,56 @@ func (r *guestRig) testForeign(t *testing.T) {
 // testWorkerDies kills the worker of tatami-guest while a container reads, and
 // pulls on the agent's old connection afterwards.
 func (r *guestRig) testWorkerDies(t *testing.T) {
-	r.create(t, "reader", r.two, "/bin/sh", "-c", "cat /unused | sha256sum")
-	start := r.host.relayed(t)
-	if err := r.sandbox.Start(t.Context(), "reader"); err != nil {
+	r.readThrough(t, "reader-1", func() {
+		worker := "grep -alE '[t]atami-guest.*worker' /proc/[0-9]*/cmdline | cut -d/ -f3"
+		before := strings.TrimSpace(shell(t, r.sandbox, worker))
+		shell(t, r.sandbox, "kill -9 "+before)
+		waitFor(t, func() error {
+			if now := strings.TrimSpace(shell(t, r.sandbox, worker)); now == before || now == "" {
+				return fmt.Errorf("worker %s before, %q now", before, now)
+			}
+			return nil
+		})
+	})
+	r.create(t, "afterwards-1", r.one, "/bin/cat", "/etc/name")
+	if got := output(t, r.sandbox, "afterwards-1"); got != "one\n" {
+		t.Errorf("output %q", got)
+	}
+}
+
+// testHostDies kills the worker of tatami-host: the guest goes on with the next
+// one, which finds the sandbox again.
+func (r *guestRig) testHostDies(t *testing.T) {
+	r.readThrough(t, "reader-2", func() { r.host.killWorker(t) })
+	r.create(t, "afterwards-2", r.one, "/bin/cat", "/etc/name")
+	if got := output(t, r.sandbox, "afterwards-2"); got != "one\n" {
+		t.Errorf("output %q", got)
+	}
+}
+
+// readThrough has a container read, does something in the middle of it, and
+// expects the right bytes.
+func (r *guestRig) readThrough(t *testing.T, id string, meanwhile func()) {
+	t.Helper()
+	r.create(t, id, r.two, "/bin/sh", "-c", "sha256sum </unused")
+	shell(t, r.sandbox, "echo 3 >/proc/sys/vm/drop_caches")
+	start := r.host.stats(t).RelayBytes
+	if err := r.sandbox.Start(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, func() error {
-		if got := r.host.relayed(t) - start; got < 2<<20 {
+		if got := r.host.stats(t).RelayBytes - start; got < 4<<20 {
 			return fmt.Errorf("%d bytes read", got)
 		}
 		return nil
 	})
-	worker := "grep -alE '[t]atami-guest.*worker' /proc/[0-9]*/cmdline | cut -d/ -f3"
-	before := strings.TrimSpace(shell(t, r.sandbox, worker))
-	shell(t, r.sandbox, "kill -9 "+before)
-	waitFor(t, func() error {
-		if now := strings.TrimSpace(shell(t, r.sandbox, worker)); now == before || now == "" {
-			return fmt.Errorf("worker %s before, %q now", before, now)
-		}
-		return nil
-	})
+	meanwhile()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	out, err := r.sandbox.Wait(ctx, "reader")
+	out, err := r.sandbox.Wait(ctx, id)
 	want := fmt.Sprintf("%x  -\n", sha256.Sum256([]byte(noise(4, unusedSize))))
 	if err != nil || out.Code != 0 || string(out.Stdout) != want {
 		t.Fatalf("%v, exit code %d, stdout %q, want %q, stderr %s", err, out.Code, out.Stdout, want, out.Stderr)
-	}
-	r.create(t, "afterwards", r.one, "/bin/cat", "/etc/name")
-	if got := output(t, r.sandbox, "afterwards"); got != "one\n" {
-		t.Errorf("output %q", got)
 	}
 }
 
@@ -247,7 +268,8 @@ func (r *guestRig) testRemoval(t *testing.T) {
 	if err := r.sandbox.Start(t.Context(), "busy"); err != nil {
 		t.Fatal(err)
 	}
-	for _, id := range []string{"lazy", "tree", "together-1", "together-2", "together-3", "reader", "afterwards", "busy", sandboxID} {
+	for _, id := range []string{"lazy", "tree", "together-1", "together-2", "together-3",
+		"reader-1", "afterwards-1", "reader-2", "afterwards-2", "busy", sandboxID} {
 		if err := r.sandbox.Remove(t.Context(), id); err != nil {
 			t.Fatalf("%s: %v", id, err)
 		}

@@ -6,6 +6,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -17,7 +20,9 @@ import (
 // host is a running tatami-host that finds sandboxes by itself.
 type host struct {
 	api.NodeService
-	dir string // everything of the node, Kata's and containerd's directories, too
+	client *ttrpc.Client
+	pid    int    // of the supervisor
+	dir    string // everything of the node, Kata's and containerd's directories, too
 }
 
 // Directories of a node, below that of the test.
@@ -77,7 +82,9 @@ func startHost(t *testing.T) *host {
 			t.Logf("tatami-host:\n%s", b)
 		}
 	})
+	h.pid = cmd.Process.Pid
 	h.connect(t)
+	t.Cleanup(func() { _ = h.client.Close() }) // the host may have ended
 	return h
 }
 
@@ -88,19 +95,57 @@ func (h *host) connect(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		client := ttrpc.NewClient(conn)
-		t.Cleanup(func() { _ = client.Close() }) // the host may have ended
-		h.NodeService = api.NewNodeClient(client)
+		h.client = ttrpc.NewClient(conn)
+		h.NodeService = api.NewNodeClient(h.client)
 		return nil
 	})
 }
 
-// relayed is how many bytes sandboxes have got.
-func (h *host) relayed(t *testing.T) int64 {
+// workers lists the children of tatami-host (proc_pid_task(5), children).
+func (h *host) workers(t *testing.T) []string {
+	t.Helper()
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", h.pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pids []string
+	for _, f := range files {
+		b, _ := os.ReadFile(f) // a thread may have ended
+		pids = append(pids, strings.Fields(string(b))...)
+	}
+	return pids
+}
+
+// killWorker kills the one worker and waits for the next.
+func (h *host) killWorker(t *testing.T) {
+	t.Helper()
+	before := h.workers(t)
+	if len(before) != 1 {
+		t.Fatalf("workers of tatami-host: %v", before)
+	}
+	pid, err := strconv.Atoi(before[0])
+	if err == nil {
+		err = syscall.Kill(pid, syscall.SIGKILL)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() error {
+		if now := h.workers(t); len(now) != 1 || now[0] == before[0] {
+			return fmt.Errorf("workers of tatami-host: %v, %v before", now, before)
+		}
+		return nil
+	})
+	_ = h.client.Close() // the worker at its other end is dead
+	h.connect(t)
+}
+
+// stats counts since the worker was started.
+func (h *host) stats(t *testing.T) *api.NodeStatsResponse {
 	t.Helper()
 	stats, err := h.NodeStats(t.Context(), &api.NodeStatsRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return stats.RelayBytes
+	return stats
 }

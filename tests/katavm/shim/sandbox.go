@@ -35,7 +35,7 @@ const Agent = "github.com/tatami-containers/tatami/tests/katavm/agent"
 const (
 	monitorSocket = "shim-monitor.sock" // src/libs/shim-interface/src/lib.rs
 	// ports is how many disks can be plugged in.
-	ports     = 4
+	ports     = 6
 	firstSlot = 0x10 // PCI slot of the first port
 )
 
