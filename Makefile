@@ -29,7 +29,7 @@ help:
 	@echo 'make fuzz       every fuzz target for FUZZTIME (10s)'
 
 build:
-	CGO_ENABLED=0 go build $(GOFLAGS_STATIC) -o $(BIN)/ ./tools/cmd/tatami ./host/cmd/tatami-host ./guest/cmd/tatami-guest ./guest/cmd/pause
+	CGO_ENABLED=0 go build $(GOFLAGS_STATIC) -o $(BIN)/ ./tools/cmd/tatami ./host/cmd/tatami-host ./host/cmd/nydus-overlayfs-tatami ./guest/cmd/tatami-guest ./guest/cmd/pause
 
 setup:
 	@tools/setup.sh

@@ -30,6 +30,7 @@ import (
 const (
 	roleSupervisor = "supervisor"
 	roleWorker     = "worker"
+	roleCheck      = "check" // reads the configuration and ends
 )
 
 // Main runs the role that args (without the program's name) and the process's
@@ -60,6 +61,8 @@ func run(args []string, stderr io.Writer) error {
 		return runSupervisor(ctx, cfg, args[:len(args)-len(rest)], logger(cfg, stderr, roleSupervisor))
 	case len(rest) == 1 && rest[0] == roleWorker:
 		return runWorker(ctx, cfg, logger(cfg, stderr, roleWorker))
+	case len(rest) == 1 && rest[0] == roleCheck:
+		return nil
 	}
 	return fmt.Errorf("unknown arguments %q: --help lists the flags", rest)
 }

@@ -34,8 +34,9 @@ const (
 // relayHost stands for the node's relay where an HTTP request needs a host.
 const relayHost = "relay.tatami.internal"
 
-// describeTimeout bounds a question that takes the node under a millisecond.
-const describeTimeout = 10 * time.Second
+// describeTimeout bounds a question that takes the node under a millisecond, or,
+// where no snapshotter has prepared the image before, as long as preparing does.
+const describeTimeout = 2 * time.Minute
 
 // Describer is the node's Host service.
 type Describer interface {

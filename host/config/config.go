@@ -56,6 +56,8 @@ type Config struct {
 	Registry Registry `toml:"registry"`
 	Relay    Relay    `toml:"relay"`
 	Kata     Kata     `toml:"kata"`
+	// Check ends the program when the settings are read; a flag only.
+	Check bool `toml:"-"`
 	// Snapshotters are what containerd finds here; none for a program that only
 	// serves sandboxes which are attached to it.
 	Snapshotters []Snapshotter `toml:"snapshotter"`
@@ -219,6 +221,9 @@ func (c *Config) check() error {
 	}
 	if err := c.checkSnapshotters(); err != nil {
 		return err
+	}
+	if c.IdleExit && c.Kata.Discover {
+		return errors.New("idle_exit and kata.discover are both set: sandboxes that are found need a program that stays")
 	}
 	if err := c.Kata.check(); err != nil {
 		return err

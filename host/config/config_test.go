@@ -36,11 +36,18 @@ ranges = 3
 [relay]
 requests = 5
 stall = "7s"
+[kata]
+discover = true
+run_dirs = ["/run/a"]
+host_port = 3000
+relay_port = 3001
+containerd_state = "/run/k3s/containerd"
 `, want: func(c *Config) {
 			c.Root, c.Socket, c.IdleExit, c.Class = "/srv/t", "/run/t.sock", true, "batch"
 			c.Log = Log{Level: "debug", Format: "text"}
 			c.Registry = Registry{PlainHTTP: []string{"a:5000", "b"}, Credentials: "/c.json", Layers: 2, Ranges: 3}
 			c.Relay = Relay{Requests: 5, Stall: Duration(7 * time.Second)}
+			c.Kata = Kata{Discover: true, RunDirs: []string{"/run/a"}, HostPort: 3000, RelayPort: 3001, ContainerdState: "/run/k3s/containerd"}
 		}},
 		{name: "no version", text: `root = "/x"`, err: "version is 0: write version = 1"},
 		{name: "later version", text: "version = 2", err: "version is 2"},
@@ -93,6 +100,9 @@ func TestParse(t *testing.T) {
 			c.Root, c.Socket, c.Registry.Layers, c.Registry.PlainHTTP = "/x", "/x/tatami-host.sock", 9, []string{"b:1", "c"}
 			c.IdleExit = true
 		}, args: []string{"--config", file, "--root", "/x/", "--layers=9", "--plain-http", "b:1", "--plain-http=c", "--idle-exit"}},
+		{name: "discover", path: absent, args: []string{"--discover"}, want: func(c *Config) {
+			c.Socket, c.Kata.Discover = "/var/lib/tatami/tatami-host.sock", true
+		}},
 		{name: "named file missing", path: file, args: []string{"--config", absent}, err: "open settings"},
 		{name: "relative root", path: absent, args: []string{"--root", "x"}, err: "absolute path"},
 		{name: "long socket", path: absent, args: []string{"--socket", "/" + strings.Repeat("x", 107)}, err: "at most 107 bytes"},
@@ -120,6 +130,36 @@ func TestParse(t *testing.T) {
 				t.Fatalf("got %+v, %v\nwant %+v", got, err, want)
 			}
 		})
+	}
+}
+
+func TestKata(t *testing.T) {
+	for _, tc := range []struct{ name, text, err string }{
+		{"defaults", "discover = true", ""},
+		{"a directory, twice", `run_dirs = ["/run/kata", "/run/kata/"]`, "twice"},
+		{"relative", `run_dirs = ["kata"]`, "absolute path"},
+		{"no directory", "discover = true\nrun_dirs = []", "has 0 directories"},
+		{"no directory, unused", "run_dirs = []", ""},
+		{"state", `containerd_state = ""`, "kata.containerd_state"},
+		{"agent's port", "host_port = 1024", "kata.host_port is 1024"},
+		{"no port", "relay_port = 0", "kata.relay_port is 0"},
+		{"any port", "relay_port = 4294967295", "kata.relay_port is 4294967295"},
+		{"one port", "relay_port = 2110", "both 2110"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c, err := Decode([]byte("version = 1\n[kata]\n" + tc.text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := c.check(); (err == nil) != (tc.err == "") || err != nil && !strings.Contains(err.Error(), tc.err) {
+				t.Errorf("error %v, want one with %q", err, tc.err)
+			}
+		})
+	}
+	c := Default()
+	c.IdleExit, c.Kata.Discover = true, true
+	if err := c.check(); err == nil {
+		t.Error("a program that ends by itself may discover")
 	}
 }
 
@@ -164,6 +204,21 @@ func TestExample(t *testing.T) {
 	}
 }
 
+// The settings that users copy to a node are understood.
+func TestDeployedSettings(t *testing.T) {
+	text, err := os.ReadFile("../../tools/deploy/host.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := Decode(text)
+	if err == nil {
+		err = c.check()
+	}
+	if err != nil || len(c.Snapshotters) != 3 || !c.Kata.Discover {
+		t.Errorf("%+v, error %v", c, err)
+	}
+}
+
 // A daemon with more settings is not understood any more.
 func TestSettings(t *testing.T) {
 	each := fields(reflect.TypeFor[Snapshotter]())
@@ -176,6 +231,7 @@ func fields(t reflect.Type) int {
 	n := 0
 	for i := range t.NumField() {
 		switch f := t.Field(i).Type; {
+		case t.Field(i).Tag.Get("toml") == "-":
 		case f.Kind() == reflect.Struct:
 			n += fields(f)
 		case f.Kind() == reflect.Slice && f.Elem().Kind() == reflect.Struct:

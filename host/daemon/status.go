@@ -14,14 +14,14 @@ import (
 )
 
 // Lookup implements service.Containers: the snapshotter that has the container
-// answers.
+// answers, unless all it has is the lower layers of another image.
 func (l *local) Lookup(ctx context.Context, container string) (string, digest.Digest, error) {
 	for _, s := range l.all {
 		c, _, err := s.Lookup(ctx, container)
-		if err == nil {
+		if err == nil && c.Whole() {
 			return c.Reference, c.Manifest, nil
 		}
-		if !errdefs.IsNotFound(err) {
+		if err != nil && !errdefs.IsNotFound(err) {
 			return "", "", err
 		}
 	}

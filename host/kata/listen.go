@@ -123,7 +123,7 @@ func (h *hybrid) give(vmm string) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd) //nolint:errcheck // nothing was written
+	defer unix.Close(fd)
 	if now, ok := stampOf(fd, "", unix.S_IFSOCK); !ok || now != h.stamp {
 		return fmt.Errorf("it was replaced meanwhile: %w", errdefs.ErrFailedPrecondition)
 	}

@@ -2,18 +2,9 @@ package kata
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"log/slog"
-	"os"
-	"path/filepath"
-	"sync"
 	"time"
-
-	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 )
 
 // Bounds of a Watcher.
@@ -47,15 +38,20 @@ type Handler interface {
 type Config struct {
 	// RunDirs are the shims' directories. They need not exist.
 	RunDirs []string
-	// Rescan is how often they are looked at without a reason; 10 s when 0.
+	// Rescan is how often they are looked at without a reason; 10 s when 0. It
+	// is a second at most where directories cannot be watched.
 	Rescan time.Duration
 	Log    *slog.Logger
 }
 
+// blindRescan is how often directories are looked at that cannot be watched.
+const blindRescan = time.Second
+
 // Watcher finds sandboxes.
 type Watcher struct {
 	cfg      Config
-	requests chan chan struct{} // of Rescan
+	requests chan chan struct{}        // of Rescan
+	notify   func() (*notifier, error) // immutable
 }
 
 // NewWatcher returns a Watcher that does nothing until Run.
@@ -66,7 +62,7 @@ func NewWatcher(cfg Config) *Watcher {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Watcher{cfg: cfg, requests: make(chan chan struct{})}
+	return &Watcher{cfg: cfg, requests: make(chan chan struct{}), notify: newNotifier}
 }
 
 // Rescan looks for sandboxes now and returns when every shim that is there was
@@ -88,340 +84,20 @@ func (w *Watcher) Rescan(ctx context.Context) error {
 
 // Run tells h of the sandboxes that come and go until ctx ends. It does not
 // remove those that are there then. It is called once.
-func (w *Watcher) Run(ctx context.Context, h Handler) error {
-	n, err := newNotifier()
-	if err != nil {
-		return err
-	}
-	defer n.close()
+func (w *Watcher) Run(ctx context.Context, h Handler) {
 	s := &scanner{
-		cfg: w.cfg, log: w.cfg.Log, h: h, notifier: n, results: make(chan result), slots: make(chan struct{}, maxAsks),
+		cfg: w.cfg, log: w.cfg.Log, h: h, results: make(chan result), slots: make(chan struct{}, maxAsks),
 		places: map[place]*entry{}, ids: map[string]*entry{}, owners: map[Identity]*entry{},
+	}
+	n, err := w.notify()
+	if err == nil {
+		defer n.close()
+		s.notifier, s.hints = n, n.hints
+	} else {
+		s.unwatched(err)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer s.asks.Wait()
 	defer cancel()
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-n.hints:
-			if soon := time.Now().Add(settle); soon.Before(s.scanAt) {
-				s.scanAt = soon
-			}
-		case done := <-w.requests:
-			s.waiting = append(s.waiting, done)
-			s.hurry()
-			s.scan()
-		case r := <-s.results:
-			s.settle(ctx, r)
-		case <-timer.C:
-			if !time.Now().Before(s.scanAt) {
-				s.scan()
-			}
-		}
-		s.start(ctx)
-		s.release()
-		timer.Reset(time.Until(s.next()))
-	}
-}
-
-// state of an entry, and what leads on:
-//
-//	waiting  due and a socket is there     -> asking
-//	asking   answer that the handler takes -> known
-//	asking   none, or a refused one        -> waiting, for longer
-//	known    due                           -> probing
-//	probing  somebody listens              -> known
-//	probing  nobody listens                -> waiting; removed
-//	any      another socket, or none       -> waiting; removed if it was known
-//	any      no directory                  -> forgotten; removed if it was known
-type state int
-
-const (
-	waiting state = iota
-	asking
-	known
-	probing
-)
-
-// place is a sandbox's directory.
-type place struct{ dir, id string }
-
-func (p place) path() string   { return filepath.Join(p.dir, p.id) }
-func (p place) socket() string { return filepath.Join(p.dir, p.id, monitor) }
-
-// entry is a directory that is or may become a sandbox's.
-type entry struct {
-	place
-	state    state
-	stamp    stamp // of the socket; zero when there is none
-	due      time.Time
-	pause    time.Duration // before the next question
-	identity Identity      // known and probing
-	refusal  string        // what was said last about it in the log
-}
-
-// result of asking or probing.
-type result struct {
-	e     *entry
-	stamp stamp // of the socket that was asked
-	gone  bool  // of a probe
-	url   string
-	err   error
-}
-
-// scanner is a Watcher at work. It belongs to one goroutine, except asks.
-type scanner struct {
-	cfg      Config
-	log      *slog.Logger
-	h        Handler
-	notifier *notifier
-	results  chan result
-	slots    chan struct{}  // one element for each shim being asked
-	asks     sync.WaitGroup // goroutines that ask
-
-	places   map[place]*entry
-	ids      map[string]*entry   // known ones
-	owners   map[Identity]*entry // known ones
-	inFlight int
-	scanAt   time.Time
-	waiting  []chan struct{} // callers of Rescan
-	full     bool            // said that there are too many
-}
-
-// scan looks at all directories. Watches are set before directories are read,
-// so that no change falls between.
-func (s *scanner) scan() {
-	s.scanAt = time.Now().Add(s.cfg.Rescan)
-	s.watch()
-	for _, dir := range s.cfg.RunDirs {
-		s.list(dir)
-	}
-	s.watch()
-	for _, e := range s.places {
-		s.look(e)
-	}
-}
-
-// watch watches the run directories, or what they will appear in, and what is
-// in them.
-func (s *scanner) watch() {
-	want := map[string]map[string]bool{}
-	for _, path := range s.cfg.RunDirs {
-		dir, name := nearest(path)
-		names, ok := want[dir]
-		switch {
-		case name == "":
-			want[dir] = nil
-		case !ok:
-			want[dir] = map[string]bool{name: true}
-		case names != nil:
-			names[name] = true
-		}
-	}
-	for p := range s.places {
-		want[p.path()] = nil
-	}
-	if err := s.notifier.set(want); err != nil {
-		s.log.Warn("sandboxes may be seen late: raise fs.inotify.max_user_watches", "rescan", s.cfg.Rescan, "error", err)
-	}
-}
-
-// list adds the new directories in dir.
-func (s *scanner) list(dir string) {
-	f, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY, 0)
-	if err != nil {
-		if !errors.Is(err, fs.ErrNotExist) {
-			s.log.Warn("a run directory cannot be read", "error", err)
-		}
-		return
-	}
-	defer f.Close()
-	names, err := f.ReadDir(maxNames)
-	if err != nil && !errors.Is(err, io.EOF) {
-		s.log.Warn("a run directory cannot be read", "error", err)
-	}
-	for _, d := range names {
-		p := place{dir, d.Name()}
-		if !d.IsDir() || !ValidID(p.id) || s.places[p] != nil {
-			continue
-		}
-		if len(s.places) >= maxSandboxes {
-			if !s.full {
-				s.log.Warn("there are too many sandboxes; further ones are not looked at", "limit", maxSandboxes)
-			}
-			s.full = true
-			return
-		}
-		s.places[p] = &entry{place: p, pause: firstTry}
-	}
-	s.full = false
-}
-
-// look compares an entry with what is on the file system.
-func (s *scanner) look(e *entry) {
-	now, ok := stampOf(unix.AT_FDCWD, e.socket(), unix.S_IFSOCK)
-	if now != e.stamp {
-		s.lose(e, "its shim's socket is gone or another")
-		e.stamp, e.due, e.pause = now, time.Now(), firstTry
-	}
-	if ok {
-		return
-	}
-	if _, err := os.Lstat(e.path()); errors.Is(err, fs.ErrNotExist) {
-		delete(s.places, e.place)
-	}
-}
-
-// lose takes back that an entry is a known sandbox.
-func (s *scanner) lose(e *entry, why string) {
-	if e.identity != (Identity{}) {
-		delete(s.ids, e.id)
-		delete(s.owners, e.identity)
-		e.identity = Identity{}
-		s.log.Info("sandbox gone", "sandbox", e.id, "reason", why)
-		s.h.Removed(e.id)
-	}
-	e.state, e.refusal = waiting, ""
-}
-
-// hurry makes every shim that has not answered due.
-func (s *scanner) hurry() {
-	for _, e := range s.places {
-		if e.state == waiting {
-			e.due, e.pause = time.Now(), firstTry
-		}
-	}
-}
-
-// start asks and probes what is due.
-func (s *scanner) start(ctx context.Context) {
-	for _, e := range s.places {
-		if !s.ready(e) {
-			continue
-		}
-		r, socket, probe := result{e: e, stamp: e.stamp}, e.socket(), e.state == known
-		e.state = asking
-		if probe {
-			e.state = probing
-		}
-		s.inFlight++
-		s.asks.Go(func() {
-			select {
-			case s.slots <- struct{}{}:
-				defer func() { <-s.slots }()
-			case <-ctx.Done():
-				return
-			}
-			if probe {
-				r.gone = gone(ctx, socket)
-			} else {
-				r.url, r.err = ask(ctx, socket)
-			}
-			select {
-			case s.results <- r:
-			case <-ctx.Done():
-			}
-		})
-	}
-}
-
-func (s *scanner) ready(e *entry) bool {
-	return (e.state == waiting || e.state == known) && e.stamp != (stamp{}) && !time.Now().Before(e.due)
-}
-
-// settle takes the result of a question. One about a socket that another has
-// replaced meanwhile counts for nothing.
-func (s *scanner) settle(ctx context.Context, r result) {
-	s.inFlight--
-	e := r.e
-	s.look(e)
-	if s.places[e.place] != e || e.stamp != r.stamp || e.state != asking && e.state != probing {
-		return
-	}
-	if e.state == probing {
-		e.state, e.due = known, time.Now().Add(s.cfg.Rescan)
-		if r.gone {
-			s.lose(e, "nobody listens on its shim's socket")
-			s.later(e)
-		}
-		return
-	}
-	err := r.err
-	if err == nil {
-		err = s.accept(ctx, e, r.url)
-	}
-	if err != nil {
-		e.state = waiting
-		s.later(e)
-		s.refuse(e, err)
-	}
-}
-
-// later puts the next question off.
-func (s *scanner) later(e *entry) {
-	e.due = time.Now().Add(e.pause)
-	e.pause = min(2*e.pause, s.cfg.Rescan)
-}
-
-// refuse says once why a directory is no sandbox that can be served. A shim
-// that is starting is no news.
-func (s *scanner) refuse(e *entry, err error) {
-	if errdefs.IsUnavailable(err) || err.Error() == e.refusal {
-		return
-	}
-	e.refusal = err.Error()
-	s.log.Warn("sandbox not served", "sandbox", e.id, "directory", e.path(), "error", err)
-}
-
-// accept makes a sandbox known. Who has its id or identity already keeps it
-// while its shim lives.
-func (s *scanner) accept(ctx context.Context, e *entry, url string) error {
-	identity, err := ParseURL(e.id, url)
-	if err != nil {
-		return err
-	}
-	for _, other := range []*entry{s.ids[e.id], s.owners[identity]} {
-		if other == nil || other.identity == (Identity{}) {
-			continue
-		}
-		if s.look(other); other.identity != (Identity{}) && gone(ctx, other.socket()) {
-			s.lose(other, "another has its identity, and nobody listens on its shim's socket")
-		}
-		if other.identity != (Identity{}) {
-			return fmt.Errorf("%s belongs to sandbox %s in %s: %w", identity, other.id, other.dir, errdefs.ErrAlreadyExists)
-		}
-	}
-	if err := s.h.Added(Sandbox{ID: e.id, Identity: identity}); err != nil {
-		return err
-	}
-	e.state, e.identity, e.refusal = known, identity, ""
-	e.due, e.pause = time.Now().Add(s.cfg.Rescan), firstTry
-	s.ids[e.id], s.owners[identity] = e, e
-	return nil
-}
-
-// release answers callers of Rescan when nothing is under way.
-func (s *scanner) release() {
-	if s.inFlight > 0 {
-		return
-	}
-	for _, done := range s.waiting {
-		close(done)
-	}
-	s.waiting = nil
-}
-
-// next is when there is something to do.
-func (s *scanner) next() time.Time {
-	at := s.scanAt
-	for _, e := range s.places {
-		if (e.state == waiting || e.state == known) && e.stamp != (stamp{}) && e.due.Before(at) {
-			at = e.due
-		}
-	}
-	return at
+	s.run(ctx, w.requests)
 }

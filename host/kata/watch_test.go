@@ -150,16 +150,22 @@ func watch(t *testing.T, rescan time.Duration) *world {
 		rust: filepath.Join(dir, "kata"), goDir: filepath.Join(dir, "vc", "sbs"),
 	}
 	w.Watcher = NewWatcher(Config{RunDirs: []string{w.rust, w.goDir}, Rescan: rescan, Log: slog.New(slog.NewTextHandler(w.log, nil))})
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- w.Run(ctx, w.recorder) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
+	t.Cleanup(runWatcher(t, w.Watcher, w.recorder))
 	return w
+}
+
+// runWatcher runs w until the result is called.
+func runWatcher(t *testing.T, w *Watcher, h Handler) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		w.Run(ctx, h)
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
 }
 
 func (w *world) rescan(t *testing.T) {
@@ -201,18 +207,30 @@ func TestWatchStart(t *testing.T) {
 	startShim(t, w.rust, "one", says("vsock://100:1024"))
 	w.expect(t, "+one cid 100")
 	again := NewWatcher(w.cfg)
-	ctx, cancel := context.WithCancel(t.Context())
 	r := &recorder{events: make(chan string, 8)}
-	done := make(chan error, 1)
-	go func() { done <- again.Run(ctx, r) }()
+	stop := runWatcher(t, again, r)
 	r.expect(t, "+one cid 100")
-	cancel()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
+	stop()
 	r.none(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
 	if err := again.Rescan(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("rescan of one that ended: %v", err)
+	}
+}
+
+// Without inotify, sandboxes are seen all the same.
+func TestUnwatched(t *testing.T) {
+	w := &world{recorder: &recorder{events: make(chan string, 64)}, log: new(syncBuffer), rust: filepath.Join(t.TempDir(), "kata")}
+	w.Watcher = NewWatcher(Config{RunDirs: []string{w.rust}, Rescan: noRescan, Log: slog.New(slog.NewTextHandler(w.log, nil))})
+	w.notify = func() (*notifier, error) { return nil, unix.EMFILE }
+	t.Cleanup(runWatcher(t, w.Watcher, w.recorder))
+	one := startShim(t, w.rust, "one", says("vsock://100:1024"))
+	w.expect(t, "+one cid 100")
+	one.stop(t)
+	w.expect(t, "-one")
+	if n := strings.Count(w.log.String(), "max_user_instances"); n != 1 {
+		t.Errorf("said %d times:\n%s", n, w.log)
 	}
 }
 
@@ -301,7 +319,7 @@ func TestHostileDirectory(t *testing.T) {
 	}
 	outside := startShim(t, filepath.Join(filepath.Dir(w.rust), "outside"), "real", says("vsock://104:1024"))
 	deaf := filepath.Join(w.rust, "deaf", monitor)
-	l, err := net.Listen("unix", deaf) //nolint:noctx // opens at once
+	l, err := net.Listen("unix", deaf)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"io/fs"
 	"slices"
@@ -17,10 +18,10 @@ import (
 func filesOf(t *testing.T, f *File) []string {
 	t.Helper()
 	data := make([]byte, f.Size())
-	if _, err := f.ReadAt(t.Context(), data, 0); err != nil && err != io.EOF {
+	if _, err := f.ReadAt(t.Context(), data, 0); err != nil && !errors.Is(err, io.EOF) {
 		t.Fatal(err)
 	}
-	fsys, err := erofs.EroFS(bytes.NewReader(data))
+	fsys, err := erofs.Open(bytes.NewReader(data))
 	if err != nil {
 		t.Fatal(err)
 	}

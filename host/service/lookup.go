@@ -15,9 +15,12 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/image"
 )
 
-// maxLookups bounds the containers of one sandbox that are looked up at a time;
-// others wait.
-const maxLookups = 8
+// What one sandbox may have under way: containers whose images are prepared,
+// and bundles that are read, into memory. Others wait.
+const (
+	maxLookups = 8
+	maxReads   = 2
+)
 
 // Containers knows which image a container runs.
 type Containers interface {
@@ -36,12 +39,9 @@ type lookup struct {
 // work goes on when ctx ends: the guest will ask again. The error is for the
 // guest and says nothing of others or of the registry.
 func (b *sandbox) lookUp(ctx context.Context, id string) error {
-	owned, err := b.s.bundles.Owned(b.id, id)
+	owned, err := b.owned(ctx, id)
 	if err != nil {
-		b.quiet.do(func() {
-			b.s.log.Warn("a guest asks for a container that is not its own", "sandbox", b.id, "error", err)
-		})
-		return unknownContainer(id)
+		return err
 	}
 	l, err := b.join(owned)
 	if err != nil {
@@ -53,6 +53,28 @@ func (b *sandbox) lookUp(ctx context.Context, id string) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+}
+
+// owned reads whose a container is. The error is for the guest.
+func (b *sandbox) owned(ctx context.Context, id string) (kata.Container, error) {
+	select {
+	case b.reads <- struct{}{}:
+		defer func() { <-b.reads }()
+	case <-ctx.Done():
+		return kata.Container{}, context.Cause(ctx)
+	}
+	c, err := b.s.bundles.Owned(b.id, id)
+	switch {
+	case err == nil:
+		return c, nil
+	case errdefs.IsNotFound(err):
+		b.quiet.do(func() {
+			b.s.log.Warn("a guest asks for a container that is not its own", "sandbox", b.id, "error", err)
+		})
+		return c, unknownContainer(id)
+	}
+	b.quiet.do(func() { b.s.log.Error("containerd's bundles cannot be read", "sandbox", b.id, "error", err) })
+	return c, fmt.Errorf("container %s cannot be looked up on the node: %w", id, errdefs.ErrUnavailable)
 }
 
 // join returns the lookup of a container that is under way, or a new one.
@@ -102,10 +124,12 @@ func (b *sandbox) learn(c kata.Container) error {
 }
 
 // imageOf is what a container runs: as its snapshot says, else as the pod does.
+// containerd does not ask a snapshotter for layers that it has from another
+// image, so a snapshot may name that one; then the pod's word counts, too.
 func (s *Service) imageOf(ctx context.Context, c kata.Container) (ref string, manifest digest.Digest, err error) {
 	if known := s.cfg.Discovery.Containers; known != nil {
 		ref, manifest, err = known.Lookup(ctx, c.ID)
-		if !errdefs.IsNotFound(err) {
+		if err == nil && sameRepository(ref, c.Image) || err != nil && !errdefs.IsNotFound(err) {
 			return ref, manifest, err
 		}
 	}
@@ -113,6 +137,17 @@ func (s *Service) imageOf(ctx context.Context, c kata.Container) (ref string, ma
 		return "", "", fmt.Errorf("container %s: its bundle names no image (%.128q), and no snapshot is known: %w", c.ID, c.Image, errdefs.ErrNotFound)
 	}
 	return c.Image, "", nil
+}
+
+// sameRepository says whether the pod's word for its image can stand for ref. A
+// pod may name an image by nothing or by an id.
+func sameRepository(ref, word string) bool {
+	if _, err := digest.Parse(word); err == nil || word == "" {
+		return true
+	}
+	a, aerr := image.ParseReference(ref)
+	b, berr := image.ParseReference(word)
+	return aerr == nil && berr == nil && a.Name() == b.Name()
 }
 
 func (b *sandbox) addFound(found kata.Container, ref string, manifest digest.Digest) error {

@@ -126,6 +126,62 @@ func TestSharedPort(t *testing.T) {
 	}
 }
 
+// A port that is kept is open without sandboxes. A connection that is nobody's
+// waits while its sandbox is looked for, and there is a bound on how many do.
+func TestHeldConnections(t *testing.T) {
+	p, bound := newFakePorts()
+	look, found := make(chan uint32), make(chan bool)
+	p.find = func(cid uint32) bool {
+		look <- cid
+		return <-found
+	}
+	if err := errors.Join(p.keep("vsock:2110"), p.keep("vsock:2110")); err != nil {
+		t.Fatal(err)
+	}
+	port := bound()
+	port.connect(3)
+	<-look
+	three, err := p.listen("vsock:2110", 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found <- true
+	if c, err := three.Accept(); err != nil || c.(peerConn).cid != 3 {
+		t.Errorf("accepted %v, %v", c, err)
+	}
+	nobody := port.connect(4)
+	<-look
+	found <- false
+	closedByPeer(t, nobody)
+	var waiting []net.Conn
+	for range maxHeld {
+		waiting = append(waiting, port.connect(5))
+		<-look
+	}
+	closedByPeer(t, port.connect(6))
+	for range waiting {
+		found <- false
+	}
+	for _, c := range waiting {
+		closedByPeer(t, c)
+	}
+	// One that has a sandbox is not looked for when the sandbox takes no more.
+	for range backlog {
+		port.connect(3)
+	}
+	closedByPeer(t, port.connect(3))
+	if err := three.Close(); err != nil {
+		t.Error(err)
+	}
+	select {
+	case <-port.done:
+		t.Error("the port that is kept is closed")
+	default:
+	}
+	p.close()
+	<-port.done
+}
+
 func TestOwnAddress(t *testing.T) {
 	g := newRig(t)
 	l, err := g.ports.listen("unix:"+filepath.Join(g.dir, "s"), 0)

@@ -115,8 +115,7 @@ func runService(ctx context.Context, conf Config, cfg config.Config, front *fron
 	defer s.finish(ctx)
 	s.Restore()
 	if cfg.Kata.Discover {
-		stop := s.runDiscovery(ctx)
-		defer func() { err = errors.Join(err, stop()) }()
+		defer s.runDiscovery(ctx)()
 	}
 	return s.control(ctx, cfg, front, beside)
 }

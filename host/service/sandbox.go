@@ -54,6 +54,7 @@ type sandbox struct {
 	ctx    context.Context // of lookups; ends with the sandbox
 	cancel context.CancelFunc
 	slots  chan struct{} // one element for each lookup at work
+	reads  chan struct{} // one element for each bundle being read
 	quiet  quiet         // for what the guest makes the log say
 
 	mu         sync.Mutex
@@ -65,7 +66,7 @@ type sandbox struct {
 
 func newSandbox(s *Service, id string, at place) (*sandbox, error) {
 	box := &sandbox{
-		id: id, at: at, s: s, slots: make(chan struct{}, maxLookups),
+		id: id, at: at, s: s, slots: make(chan struct{}, maxLookups), reads: make(chan struct{}, maxReads),
 		containers: map[string]container{}, lookups: map[string]*lookup{},
 	}
 	box.ctx, box.cancel = context.WithCancel(context.Background())

@@ -42,7 +42,7 @@ func (s *Snapshotter) layoutOf(ctx context.Context, key string) (l layout, err e
 		if err != nil {
 			return err
 		}
-		l.id, l.kind = sn.ID, sn.Kind
+		l.id, l.kind, l.unpack = sn.ID, sn.Kind, isUnpack(key)
 		if l.record, err = readRecord(info.Labels); err != nil {
 			return err
 		}
@@ -77,7 +77,7 @@ func (s *Snapshotter) holdAgain(ctx context.Context, key string, l *layout) (err
 // Commit makes an active snapshot a layer. One whose writes are in a VM is
 // ErrNotImplemented: its directory here is empty.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
-	info, err := apply(opts)
+	info, err := infoOf(opts)
 	if err == nil {
 		err = checkKey("name", name)
 	}

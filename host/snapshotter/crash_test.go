@@ -35,7 +35,7 @@ type operation struct {
 
 // life is the operations in the order in which they happen to a node.
 var life = []operation{
-	{"pull", "layer", "", []string{"owned", "prepared", "remote inserted", "remote created"}, prepareLayer},
+	{"pull", "layer", "", []string{"marking", "owned", "prepared", "remote inserted", "remote created"}, prepareLayer},
 	{"run", "c", "", []string{"directory", "held", "upper file", "inserted", "renamed", "created"},
 		func(ctx context.Context, g *rig, layer string) error {
 			_, err := g.Prepare(ctx, "c", layer)
@@ -52,7 +52,7 @@ var life = []operation{
 		func(ctx context.Context, g *rig, _ string) error { return g.Remove(ctx, "c") }},
 	{"discard", "", "unpacked", []string{"removing", "removed", "put aside", "directory removed"},
 		func(ctx context.Context, g *rig, _ string) error { return g.Remove(ctx, "unpacked") }},
-	{"forget", "", "layer", []string{"removing", "removed", "let go", "unmarked", "given up"},
+	{"forget", "", "layer", []string{"removing", "removed", "let go", "unmarked", "given up", "forgotten"},
 		func(ctx context.Context, g *rig, layer string) error { return g.Remove(ctx, layer) }},
 }
 

@@ -5,8 +5,8 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -225,10 +225,11 @@ func (d *draft) rename(id string) error {
 }
 
 func (d *draft) layout(id string) layout {
-	return layout{id: id, kind: d.request.kind, record: d.record, base: d.base, given: d.given, upper: d.upper}
+	return layout{id: id, kind: d.request.kind, record: d.record, base: d.base, given: d.given, upper: d.upper, unpack: d.request.unpack}
 }
 
 // link points the snapshot's link to where the image is mounted now.
+// Precondition: s.links is held.
 func (s *Snapshotter) link(id, lower string) error {
 	path := s.path(id, lowerLink)
 	switch now, err := os.Readlink(path); {
@@ -239,12 +240,12 @@ func (s *Snapshotter) link(id, lower string) error {
 			return err
 		}
 	}
-	temp := filepath.Join(filepath.Dir(path), "."+strings.ToLower(rand.Text()))
+	temp := path + ".new"
+	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) { // of a crash
+		return err
+	}
 	if err := os.Symlink(lower, temp); err != nil {
 		return err
 	}
-	if err := os.Rename(temp, path); err != nil {
-		return errors.Join(err, os.Remove(temp))
-	}
-	return nil
+	return os.Rename(temp, path)
 }

@@ -101,8 +101,8 @@ func visibleInfo(info snapshots.Info) snapshots.Info {
 	return info
 }
 
-// apply returns what the options of a call say, after looking at it.
-func apply(opts []snapshots.Opt) (snapshots.Info, error) {
+// infoOf returns what the options of a call say, after looking at it.
+func infoOf(opts []snapshots.Opt) (snapshots.Info, error) {
 	var info snapshots.Info
 	for _, opt := range opts {
 		if err := opt(&info); err != nil {

@@ -1,7 +1,6 @@
 package snapshotter
 
 import (
-	"path/filepath"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -18,6 +17,7 @@ type layout struct {
 	base   base
 	given  given
 	upper  bool // block mode has an image for writes
+	unpack bool // containerd unpacks a layer in it
 }
 
 // mounts returns the mount list of a snapshot, by its mode.
@@ -94,7 +94,7 @@ func (s *Snapshotter) overlayMounts(l layout) []mount.Mount {
 		lowers = append(lowers, s.path(id, upperDir))
 	}
 	if l.given.lower != "" {
-		lowers = append(lowers, s.lowerOption(l.id))
+		lowers = append(lowers, s.lowerOption(l))
 	}
 	active := l.kind == snapshots.KindActive
 	switch {
@@ -115,13 +115,21 @@ func (s *Snapshotter) overlayMounts(l layout) []mount.Mount {
 
 // lowerOption names the node's mount in an overlay option: by a link beside the
 // other layers, because containerd and Kata shorten options beyond a page, those
-// of many layers, by the directory that all layers are in; and with a backslash,
-// which overlayfs takes out (Documentation/filesystems/overlayfs.rst), because
-// Kata's Go runtime looks at each lowerdir and takes one on EROFS for a disk that
-// it must attach (IsErofsRootFS in kata_agent.go, createErofsDevices in
-// container.go). It does not find this one, and mounts the overlay.
-func (s *Snapshotter) lowerOption(id string) string {
-	return filepath.Dir(s.path(id, lowerLink)) + `/\` + lowerLink
+// of many layers, by the directory that all layers are in.
+//
+// For a container it has a backslash, which overlayfs takes out
+// (Documentation/filesystems/overlayfs.rst): Kata's Go runtime looks at each
+// lowerdir and takes one on EROFS for a disk that it must attach (IsErofsRootFS in
+// kata_agent.go, createErofsDevices in container.go). It does not find this one,
+// and mounts the overlay. When containerd unpacks it has none, because then
+// containerd does not mount the overlay but reads the lowerdirs itself, to give
+// new directories the attributes of those below (mkparent in its
+// pkg/archive/tar.go).
+func (s *Snapshotter) lowerOption(l layout) string {
+	if l.unpack {
+		return s.path(l.id, lowerLink)
+	}
+	return s.path(l.id) + `/\` + lowerLink
 }
 
 func bind(dir string, writable bool) []mount.Mount {

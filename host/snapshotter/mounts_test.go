@@ -214,30 +214,26 @@ func TestReallyMounted(t *testing.T) {
 	}
 }
 
-// erofsImages mounts real EROFS images, as the node does.
-type erofsImages struct {
-	*dirImages
-	dir, file string
-}
-
-func (e *erofsImages) Mount(t testing.TB) {
+// makeErofs makes an EROFS image with files.
+func makeErofs(t *testing.T, image string, files tree) {
 	t.Helper()
 	src := t.TempDir()
-	if err := writeTree(src, tree{"etc/passwd": "root"}); err != nil {
+	if err := writeTree(src, files); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.CommandContext(t.Context(), "mkfs.erofs", e.file, src).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "mkfs.erofs", image, src).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	m := mount.Mount{Type: "erofs", Source: e.file, Options: []string{"ro", "loop"}}
-	if err := m.Mount(e.dir); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := mount.UnmountAll(e.dir, 0); err != nil {
-			t.Error(err)
+}
+
+// needTools skips tests of a machine without the programs.
+func needTools(t *testing.T, names ...string) {
+	t.Helper()
+	for _, n := range names {
+		if _, err := exec.LookPath(n); err != nil {
+			t.Skipf("needs %s (e2fsprogs and erofs-utils)", n)
 		}
-	})
+	}
 }
 
 // What Kata's Go runtime asks of a single overlay mount before it mounts it:
@@ -245,21 +241,23 @@ func (e *erofsImages) Mount(t testing.TB) {
 // IsErofsRootFS). If it does, the container fails for want of a layer.erofs.
 func TestGoRuntimeMountsShare(t *testing.T) {
 	needRoot(t)
-	if _, err := exec.LookPath("mkfs.erofs"); err != nil {
-		t.Skip("needs mkfs.erofs of erofs-utils")
-	}
+	needTools(t, "mkfs.erofs")
 	g := newRig(t, Share)
-	p := g.pull(t, "k8s.io", ref, g.images.publish(t, "", tree{"etc/passwd": "root"}))
-	lower := filepath.Join(g.images.root, "merged", p.manifest.Encoded()+"-1")
-	if err := os.MkdirAll(lower, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	e := &erofsImages{dirImages: g.images, dir: lower, file: filepath.Join(t.TempDir(), "image")}
-	if err := writeTree(lower, tree{"etc/passwd": "root"}); err != nil {
-		t.Fatal(err)
-	}
+	files := tree{"etc/passwd": "root"}
+	p := g.pull(t, "k8s.io", ref, g.images.publish(t, "", files))
 	mounts := must(g.Prepare(t.Context(), "c1", p.top()))(t)
-	e.Mount(t)
+	// As with the node, the image is a real EROFS.
+	image := filepath.Join(t.TempDir(), "image")
+	makeErofs(t, image, files)
+	lower := filepath.Join(g.images.root, "merged", p.manifest.Encoded()+"-1")
+	if err := mount.All([]mount.Mount{{Type: "erofs", Source: image, Options: []string{"ro", "loop"}}}, lower); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := mount.UnmountAll(lower, 0); err != nil {
+			t.Error(err)
+		}
+	})
 	var seen unix.Statfs_t
 	if err := unix.Statfs(g.path("2", lowerLink), &seen); err != nil || seen.Type != unix.EROFS_SUPER_MAGIC_V1 {
 		t.Fatalf("the test's image is not on EROFS: %+v, %v", seen, err)
@@ -273,18 +271,14 @@ func TestGoRuntimeMountsShare(t *testing.T) {
 			}
 		}
 	}
-	checkFiles(t, mounted(t, mounts), tree{"etc/passwd": "root"})
+	checkFiles(t, mounted(t, mounts), files)
 }
 
 // containerd's mount manager mounts the lists of block mode, when it looks users
 // up or a runtime does not take disks.
 func TestBlockByMountManager(t *testing.T) {
 	needRoot(t)
-	for _, tool := range []string{"mkfs.erofs", "mkfs.ext4"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("needs %s", tool)
-		}
-	}
+	needTools(t, "mkfs.erofs", "mkfs.ext4")
 	for _, size := range []int64{0, 64 << 20} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			g := newRig(t, Block, func(c *Config) { c.UpperSize = size })
@@ -293,14 +287,7 @@ func TestBlockByMountManager(t *testing.T) {
 				"active": must(g.Prepare(t.Context(), "c1", p.top()))(t),
 				"view":   must(g.View(t.Context(), "v1", p.top()))(t),
 			}
-			src := t.TempDir()
-			if err := writeTree(src, tree{"etc/passwd": "root"}); err != nil {
-				t.Fatal(err)
-			}
-			image := filepath.Join(g.images.root, "merged", p.manifest.Encoded()+"-1.erofs")
-			if out, err := exec.CommandContext(t.Context(), "mkfs.erofs", image, src).CombinedOutput(); err != nil {
-				t.Fatalf("%v: %s", err, out)
-			}
+			makeErofs(t, filepath.Join(g.images.root, "merged", p.manifest.Encoded()+"-1.erofs"), tree{"etc/passwd": "root"})
 			for what, list := range lists {
 				t.Run(what, func(t *testing.T) { checkFiles(t, activated(t, list), tree{"etc/passwd": "root"}) })
 			}

@@ -138,6 +138,7 @@ func (o *Owners) mark(ctx context.Context, u use) error {
 	if has {
 		err = errors.Join(err, writeMark(filepath.Join(temp, keptMark)))
 	}
+	o.step("marking")
 	// All at once, so that no crash makes the image look like ours alone.
 	if err == nil {
 		err = os.Rename(temp, o.path(u.manifest))
@@ -178,6 +179,7 @@ func (o *Owners) giveUp(ctx context.Context, manifest digest.Digest) error {
 	if err := os.Rename(o.path(manifest), gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	o.step("forgotten")
 	return os.RemoveAll(gone)
 }
 

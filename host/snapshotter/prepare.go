@@ -55,7 +55,7 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 }
 
 func (s *Snapshotter) request(kind snapshots.Kind, key, parent string, opts []snapshots.Opt) (*request, error) {
-	info, err := apply(opts)
+	info, err := infoOf(opts)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/tatami-containers/tatami/tools/check"
 	"github.com/tatami-containers/tatami/tools/progress"
 )
@@ -12,15 +14,28 @@ import (
 // exitProblems is the exit code of a check that has found something.
 const exitProblems = 1
 
+// checkNode is the argument that means this machine. An image of that name is
+// given by --image.
+const checkNode = "node"
+
 func checkCommand(ctx context.Context, args []string, s Streams) (int, error) {
+	if len(args) > 0 && args[0] == checkNode {
+		return checkNodeCommand(ctx, args[1:], s)
+	}
 	var o imageFlags
-	fs := flagSet("check", "[flags] IMAGE", s.Err)
+	var name string
+	fs := flagSet("check", "[flags] IMAGE, or: tatami check node [flags]", s.Err)
 	o.register(fs, s)
-	if err := o.parse(fs, args, 1, 1); err != nil {
+	fs.StringVar(&name, "image", "", "the `IMAGE`, where it is called node: that word alone means this machine")
+	if err := o.parse(fs, args, 0, 1); err != nil {
 		return 0, err
 	}
 	defer o.close()
-	src, sel, err := o.selected(ctx, fs.Arg(0))
+	name, err := imageToCheck(name, fs.Args())
+	if err != nil {
+		return 0, err
+	}
+	src, sel, err := o.selected(ctx, name)
 	if err != nil {
 		return 0, err
 	}
@@ -45,6 +60,19 @@ func checkCommand(ctx context.Context, args []string, s Streams) (int, error) {
 		}
 	})
 	return code, closing(src, err)
+}
+
+// imageToCheck is the image that the flag or the argument names.
+func imageToCheck(flag string, args []string) (string, error) {
+	switch {
+	case (flag == "") == (len(args) == 0):
+		return "", fmt.Errorf("name one image, as an argument or by --image: %w", errdefs.ErrInvalidArgument)
+	case flag != "":
+		return flag, nil
+	case args[0] == checkNode:
+		return "", fmt.Errorf("write `tatami check node [flags]` for this machine, or --image node for the image: %w", errdefs.ErrInvalidArgument)
+	}
+	return args[0], nil
 }
 
 func printChecked(w io.Writer, r *check.Report) {

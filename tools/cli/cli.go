@@ -37,8 +37,10 @@ func commands() []command {
 		{"inspect", "[flags] IMAGE", "show how an image can be read lazily: indexes, chunks, sizes, what is in it twice", inspectCommand},
 		{"index", "[flags] IMAGE [DST]", "make the index of an image once and publish it with the image", indexCommand},
 		{"check", "[flags] IMAGE", "read all of an image in every way and compare it with an independent unpack", checkCommand},
+		{"check", "node [flags]", "say what containerd and Kata on this machine lack for Tatami, and the lines to add", checkCommand},
 		{"convert", "[flags] --to FORMAT SRC DST", "repack layers so that they can be read lazily", convertCommand},
 		{"guest-image", guestImageUsage, "make what a Kata guest runs tatami-guest from: an extension image, or files for an image of one's own", guestImageCommand},
+		{"status", "[flags]", "show what tatami-host on this machine serves, to whom, in which mode and why", statusCommand},
 		{"bench", "start [flags] IMAGE [-- CMD ARG…]", "compare a full pull with lazy starts, side by side", benchCommand},
 		{"version", "", "print the version", versionCommand},
 	}

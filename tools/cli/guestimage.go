@@ -1,12 +1,14 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
+	"os/exec"
 	"runtime"
 	"strings"
 
@@ -20,7 +22,7 @@ import (
 
 const guestImageUsage = "build [flags] FILE"
 
-func guestImageCommand(_ context.Context, args []string, s Streams) (int, error) {
+func guestImageCommand(ctx context.Context, args []string, s Streams) (int, error) {
 	if len(args) == 0 || args[0] != "build" {
 		return 0, fmt.Errorf("usage: tatami guest-image %s: %w", guestImageUsage, errdefs.ErrInvalidArgument)
 	}
@@ -37,6 +39,9 @@ func guestImageCommand(_ context.Context, args []string, s Streams) (int, error)
 		return 0, fmt.Errorf("-o %q: want text or json: %w", o.format, errdefs.ErrInvalidArgument)
 	}
 	if err := o.find(); err != nil {
+		return 0, err
+	}
+	if err := o.checkConfig(ctx); err != nil {
 		return 0, err
 	}
 	r, err := guestimage.Build(fs.Arg(0), o.Options)
@@ -94,6 +99,19 @@ func (o *guestImageFlags) find() (err error) {
 		k, err := vm.FindKernel(o.kernel)
 		o.Modules = k.Modules
 		return err
+	}
+	return nil
+}
+
+// checkConfig lets tatami-guest read its configuration, where it can run: a
+// guest would not start with one that it refuses.
+func (o *guestImageFlags) checkConfig(ctx context.Context) error {
+	if o.Config == "" || o.Arch != runtime.GOARCH {
+		return nil
+	}
+	out, err := exec.CommandContext(ctx, o.Guest, "--config", o.Config, "check").CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("--config: %s refuses it: %w: %s: %w", o.Guest, err, bytes.TrimSpace(out), errdefs.ErrInvalidArgument)
 	}
 	return nil
 }

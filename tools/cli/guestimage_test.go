@@ -6,24 +6,41 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
 	"github.com/tatami-containers/tatami/tools/guestimage"
 )
 
-// TestGuestImage builds an extension out of a real static program.
-func TestGuestImage(t *testing.T) {
-	dir := t.TempDir()
-	program, file := filepath.Join(dir, "pause"), filepath.Join(dir, "image")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", program, "../../guest/cmd/pause")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH=amd64")
+// program builds a static program of ours for this machine.
+func program(t *testing.T, pkg string) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "program")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", file, pkg)
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	args := []string{"guest-image", "build", "--arch", "amd64", "--guest", program, "--pause", program, "--verity", "--salt", "00ff"}
+	return file
+}
+
+// TestGuestImage builds an extension out of real static programs.
+func TestGuestImage(t *testing.T) {
+	guest, pause := program(t, "../../guest/cmd/tatami-guest"), program(t, "../../guest/cmd/pause")
+	config, file := filepath.Join(t.TempDir(), "guest.toml"), filepath.Join(t.TempDir(), "image")
+	args := []string{"guest-image", "build", "--guest", guest, "--pause", pause, "--config", config, "--verity", "--salt", "00ff"}
+	if err := os.WriteFile(config, []byte("version = 1\nstore_sise = 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, errs := guestImage(t, append(args, file)...); code != exitFailed || !strings.Contains(errs, `unknown key "store_sise"`) {
+		t.Fatalf("exit code %d: %s", code, errs)
+	}
+	if err := os.WriteFile(config, []byte("version = 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	code, out, errs := guestImage(t, append(args, file)...)
-	for _, want := range []string{file, "extension for amd64", "sha256:", `verity_params = "root_hash=`, ",salt=00ff,"} {
+	for _, want := range []string{file, "extension for " + runtime.GOARCH, "sha256:", `verity_params = "root_hash=`, ",salt=00ff,"} {
 		if code != 0 || errs != "" || !strings.Contains(out, want) {
 			t.Fatalf("exit code %d, %q is missing in\n%s%s", code, want, out, errs)
 		}

@@ -17,7 +17,7 @@ const (
 
 // writeMeasured writes a disk with a file system as its first partition and
 // that one's hash tree as its second, and returns the parameters that the tree
-// is checked with. The guest's mount helper tells a measured extension by the
+// is checked with. The guest's mount script tells a measured extension by the
 // second partition.
 func writeMeasured(w io.WriterAt, image, salt []byte) (params string, err error) {
 	if salt == nil {

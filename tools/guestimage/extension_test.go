@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -177,5 +178,36 @@ func TestAHubWithLibraries(t *testing.T) {
 	r := make1(t, o)
 	if len(r.Requires) < 2 || !strings.Contains(r.Requires[0], "ld-linux") || !slices.Contains(r.Requires, "libc.so.6") {
 		t.Errorf("required are %q", r.Requires)
+	}
+}
+
+// TestTatamiGuestKnowsItsArguments gives the real program what the agent would
+// give it, with the agent's own values (kata-containers: src/agent/src/main.rs
+// launch_process adds -c and the file, if it is there).
+func TestTatamiGuestKnowsItsArguments(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "tatami-guest")
+	t.Setenv("CGO_ENABLED", "0")
+	tool(t, "go", "build", "-o", program, "../../guest/cmd/tatami-guest")
+	root := t.TempDir()
+	for name, text := range map[string]string{configPath: "version = 1\n", "cdh.toml": "[kbc]\nname = \"cc_kbc\"\n[tatami]\nversion = 1\n"} {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	values := strings.NewReplacer("${cdh_socket}", agentCDHSocket, "${extension_root}", root, "${cdh_config_path}", root+"/cdh.toml")
+	for _, o := range []Options{{}, {Config: "version = 1\n"}, {CDH: "hub"}, {Config: "version = 1\n", CDH: "hub"}} {
+		p := o.guestProcess()
+		var args []string
+		for _, a := range append(p.Args, "-c", p.Config) {
+			args = append(args, values.Replace(a))
+		}
+		tool(t, program, append(args, "check")...)
+		if out, err := exec.CommandContext(t.Context(), program, append(args, "--no-such-flag")...).CombinedOutput(); err == nil {
+			t.Errorf("check accepts anything: %s", out)
+		}
 	}
 }

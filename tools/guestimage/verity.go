@@ -58,7 +58,7 @@ func contentSalt(data []byte) []byte {
 }
 
 // verityParams writes the record that Kata's configuration and the guest's
-// mount helper parse (kata-containers: src/libs/kata-types/src/config/
+// mount script parse (kata-containers: src/libs/kata-types/src/config/
 // hypervisor/mod.rs parse_kernel_verity_params, src/agent/
 // kata-extension-mount.sh).
 func verityParams(root [sha256.Size]byte, salt []byte, blocks int) string {

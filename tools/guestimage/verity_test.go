@@ -47,7 +47,7 @@ func partitionsOf(t *testing.T, disk string) (files []string) {
 	return files
 }
 
-// fields reads verity_params as the guest's mount helper does.
+// fields reads verity_params as the guest's mount script does.
 func fields(params string) map[string]string {
 	m := make(map[string]string)
 	for _, f := range strings.Split(params, ",") {
@@ -58,7 +58,7 @@ func fields(params string) map[string]string {
 }
 
 // veritysetup runs a command of the real one with the options that the mount
-// helper gives it.
+// script gives it.
 func veritysetup(t *testing.T, data, hashes, params string) error {
 	t.Helper()
 	p := fields(params)

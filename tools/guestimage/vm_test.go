@@ -15,7 +15,7 @@ import (
 	"github.com/tatami-containers/tatami/tools/vm"
 )
 
-// mountScript does in a guest what Kata's mount helper does for each extension
+// mountScript does in a guest what Kata's mount script does for each extension
 // (kata-containers: src/agent/kata-extension-mount.sh): find the disk by its
 // serial number, open the hash tree, mount. Then it reads a file.
 const mountScript = `

@@ -10,10 +10,17 @@ import (
 	"syscall"
 )
 
-func main() {
+func main() { serve(catch()) }
+
+func catch() <-chan os.Signal {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGCHLD)
-	reap() // what ended before signals were counted
+	return signals
+}
+
+// serve returns when it is asked to end.
+func serve(signals <-chan os.Signal) {
+	reap() // what ended before signals were caught
 	for s := range signals {
 		if s != syscall.SIGCHLD {
 			return

@@ -1,0 +1,39 @@
+package cli
+
+import (
+	"bytes"
+	"testing"
+
+	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+)
+
+func TestPrintStatus(t *testing.T) {
+	st := nodeStatus{
+		Stats: &api.NodeStatsResponse{Images: 2, Sandboxes: 1, RegistryBytes: 3 << 20, RelayBytes: 1 << 19},
+		Snapshotters: []*api.SnapshotterStatus{{
+			Name: "tatami", Mode: "guest", Socket: "/run/t.sock", LazyLayers: 7,
+			Snapshots: []*api.SnapshotStatus{
+				{Key: "k8s.io/9/c1", Kind: "active", Mode: "guest", Reference: "docker.io/library/debian:12"},
+				{Key: "k8s.io/5/sha256:1", Kind: "committed", Reason: "no such image"},
+			},
+		}},
+		Sandboxes: []*api.SandboxStatus{{Id: "s1", Identity: "vsock:2110", Containers: []*api.ContainerStatus{{Id: "c1", Reference: "debian", Class: "online"}}}},
+	}
+	const want = `images 2, sandboxes 1, from registries 3.0 MiB, to sandboxes 0.5 MiB
+
+SNAPSHOTTER  MODE   LAZY LAYERS  SOCKET
+tatami       guest  7            /run/t.sock
+
+SNAPSHOT           KIND       MODE   IMAGE                        REASON
+k8s.io/9/c1        active     guest  docker.io/library/debian:12  
+k8s.io/5/sha256:1  committed  full   -                            no such image
+
+SANDBOX  MACHINE     CONTAINER  IMAGE   CLASS
+s1       vsock:2110                     
+                     c1         debian  online
+`
+	var got bytes.Buffer
+	if err := st.print(&got); err != nil || got.String() != want {
+		t.Errorf("printed (%v)\n%s", err, got.String())
+	}
+}
