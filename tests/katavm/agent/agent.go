@@ -37,10 +37,9 @@ func (a *agent) listen(ctx context.Context) error {
 	handle(mux, kata.PathCreate, a.create)
 	handle(mux, kata.PathStart, a.start)
 	handle(mux, kata.PathWait, a.wait)
-	handle(mux, kata.PathExec, a.exec)
 	handle(mux, kata.PathRemove, a.remove)
 	handle(mux, kata.PathShell, a.shell)
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute, BaseContext: nil}
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
 	context.AfterFunc(ctx, func() { _ = srv.Close() })
 	a.log.Info("agent serves", "cdh", a.cdh != nil)
 	return srv.Serve(l)

@@ -122,10 +122,6 @@ func (a *agent) wait(ctx context.Context, req kata.ContainerRequest) (kata.Outpu
 	}
 }
 
-func (a *agent) exec(_ context.Context, req kata.ExecRequest) (kata.Output, error) {
-	return run(runtime, append([]string{"exec", req.ContainerID}, req.Args...)...), nil
-}
-
 func (a *agent) shell(_ context.Context, req kata.ShellRequest) (kata.Output, error) {
 	return run("/bin/busybox", "sh", "-c", req.Script), nil
 }

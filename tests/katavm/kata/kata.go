@@ -58,7 +58,6 @@ const (
 	PathCreate = "/create" // CreateRequest, no answer
 	PathStart  = "/start"  // ContainerRequest, no answer
 	PathWait   = "/wait"   // ContainerRequest, Output
-	PathExec   = "/exec"   // ExecRequest, Output
 	PathRemove = "/remove" // ContainerRequest, no answer
 	PathShell  = "/shell"  // ShellRequest, Output: a look at the guest, which the real agent does not give
 )
@@ -73,12 +72,6 @@ type CreateRequest struct {
 // ContainerRequest names a container.
 type ContainerRequest struct {
 	ContainerID string `json:"container_id"`
-}
-
-// ExecRequest runs one more process in a running container.
-type ExecRequest struct {
-	ContainerID string   `json:"container_id"`
-	Args        []string `json:"args"`
 }
 
 // ShellRequest is a script for the guest's own shell.

@@ -52,7 +52,6 @@ type Config struct {
 	// CDHConfig is passed as "cdh.toml" in an initdata device; "" for none.
 	CDHConfig string
 	Cmdline   string // more words, as kernel_params
-	MemoryMiB int
 }
 
 // Sandbox is a running virtual machine with its agent.
@@ -81,7 +80,7 @@ func Start(t testing.TB, cfg Config) *Sandbox {
 		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=%s,chassis=%d,slot=%d,addr=0x%x", port(i), i+1, i+1, firstSlot+i))
 	}
 	s.VM = vmtest.Start(t, vmtest.Options{
-		Init: Agent, MemoryMiB: cfg.MemoryMiB, Cmdline: strings.TrimSpace(cfg.extensionParameter() + " " + cfg.Cmdline),
+		Init: Agent, Cmdline: strings.TrimSpace(cfg.extensionParameter() + " " + cfg.Cmdline),
 		Modules: []string{"virtio_blk"}, OptionalModules: []string{"dm_verity"}, Args: args,
 		Dir: dir, // as with every VMM of Kata, the socket lies below a directory of the sandbox's name
 	})
@@ -189,7 +188,7 @@ func (s *Sandbox) agentURL() string {
 }
 
 // Create makes a container of a snapshotter's mount list. annotations are the
-// CRI's; that of the sandbox is added.
+// CRI's; without the sandbox among them it is this one.
 func (s *Sandbox) Create(ctx context.Context, id string, mounts []Mount, spec *specs.Spec, annotations map[string]string) error {
 	spec.Annotations = map[string]string{kata.SandboxID: s.cfg.ID}
 	for key, value := range annotations {
@@ -249,11 +248,6 @@ func (s *Sandbox) Start(ctx context.Context, id string) error {
 // Wait waits for the end of a container's process.
 func (s *Sandbox) Wait(ctx context.Context, id string) (out kata.Output, err error) {
 	return out, s.call(ctx, kata.PathWait, kata.ContainerRequest{ContainerID: id}, &out)
-}
-
-// Exec runs one more process in a container.
-func (s *Sandbox) Exec(ctx context.Context, id string, args ...string) (out kata.Output, err error) {
-	return out, s.call(ctx, kata.PathExec, kata.ExecRequest{ContainerID: id, Args: args}, &out)
 }
 
 // Remove removes a container: the agent's part, then the disks, then containerd's
