@@ -169,6 +169,23 @@ func TestFile(t *testing.T) {
 	}
 }
 
+// What the node has lost is fetched again: containerd still has the image, and
+// does not ask for its layers.
+func TestLostImage(t *testing.T) {
+	g := newRig(t)
+	whole, base := g.image(t, "app")
+	check(t, g.Remove(t.Context(), whole.Manifest))
+	for _, c := range []snapshotter.Chain{whole, base} {
+		dir, err := g.Mount(t.Context(), "a.1", c)
+		check(t, err)
+		if _, err := os.ReadFile(filepath.Join(dir, "name")); err != nil {
+			t.Error(err)
+		}
+		check(t, g.Release(t.Context(), "a.1"))
+		check(t, g.Remove(t.Context(), c.Manifest))
+	}
+}
+
 // The next process goes on with what was held, and takes away what was not.
 func TestRestart(t *testing.T) {
 	g := newRig(t)
@@ -206,7 +223,7 @@ func TestRefuses(t *testing.T) {
 	unknown := whole
 	unknown.Manifest = digest.FromString("unknown")
 	if _, err := g.Mount(t.Context(), "a.1", unknown); !errdefs.IsNotFound(err) {
-		t.Errorf("an image that was not prepared: %v", err)
+		t.Errorf("an image that nobody has: %v", err)
 	}
 	for _, holder := range []string{"", ".", "..", "../x", "a/b", "ä", "a b"} {
 		if _, err := g.Mount(t.Context(), holder, whole); !errdefs.IsInvalidArgument(err) {

@@ -24,6 +24,15 @@ func (n *Node) Has(manifest digest.Digest) bool {
 	return ok
 }
 
+// Layers is how many layers an image has; 0 when it is not on the node.
+func (n *Node) Layers(manifest digest.Digest) int {
+	r, ok := n.known(manifest)
+	if !ok {
+		return 0
+	}
+	return len(r.Blobs)
+}
+
 // PrepareManifest is Prepare for who knows already which manifest ref means. The
 // tag is still asked first, as an image index may bind what makes preparing
 // cheap; where it means something else by now, the digest counts.

@@ -226,6 +226,11 @@ func (m *Mounter) unmountLower(lw *lower) error {
 		return err
 	}
 	defer m.mu.Unlock()
+	select {
+	case <-lw.released:
+	default: // the file is being closed
+		m.draining[lw.rec.Node] = lw
+	}
 	return errors.Join(err, m.table.removeImage(lw.rec.Node))
 }
 
@@ -254,8 +259,8 @@ func (m *Mounter) released(node uint64) {
 	m.server.Remove(node)
 	m.closeFile(lw.file)
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	delete(m.draining, node)
-	m.mu.Unlock()
 	close(lw.released) // after the file: whoever waits may remove the image next
 }
 
