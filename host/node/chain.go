@@ -50,7 +50,7 @@ func (n *Node) PrepareManifest(ctx context.Context, ref string, manifest digest.
 		}
 	}
 	if _, tagged := named.(reference.Tagged); tagged {
-		if p, err := n.Prepare(ctx, ref, ""); err == nil && p.Manifest == manifest {
+		if p, err := n.prepareOnly(ctx, ref, "", manifest); err == nil {
 			return p, nil
 		}
 	}
