@@ -217,6 +217,39 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// When the session is gone but not the records, as after a supervisor that was
+// killed, holders have what they had once they ask.
+func TestSessionLost(t *testing.T) {
+	g := newRig(t)
+	whole, base := g.image(t, "app")
+	dir, err := g.Mount(t.Context(), "a.1", whole)
+	check(t, err)
+	_, err = g.File(t.Context(), "a.2", base)
+	check(t, err)
+	g.end()
+	check(t, g.session.Close())
+	g.session, err = session.Open(session.Config{Dir: filepath.Join(g.dir, "fuse")})
+	check(t, err)
+	last := g.session
+	t.Cleanup(func() { check(t, last.Close()) })
+	link, err := g.session.Attach()
+	check(t, err)
+	t.Cleanup(func() { check(t, link.Close()) })
+	g.start(t, link)
+	again, err := g.Mount(t.Context(), "a.1", whole)
+	check(t, err)
+	if again != dir || content(t, dir+"/name") != "app" {
+		t.Errorf("mounted at %s, before %s", again, dir)
+	}
+	path, err := g.File(t.Context(), "a.2", base)
+	check(t, err)
+	if out, err := exec.Command("fsck.erofs", path).CombinedOutput(); err != nil {
+		t.Errorf("fsck.erofs: %v: %s", err, out)
+	}
+	check(t, g.Release(t.Context(), "a.1"))
+	check(t, g.Release(t.Context(), "a.2"))
+}
+
 func TestRefuses(t *testing.T) {
 	g := newRig(t)
 	whole, _ := g.image(t, "app")
