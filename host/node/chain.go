@@ -72,12 +72,17 @@ func (p *Prepared) DiffIDs() ([]digest.Digest, error) {
 
 // File is an image as one address space, and the right to read it.
 type File struct {
+	lease *Lease
 	image *store.Image
 	close func() error
 }
 
-// ReadAt reads verified bytes, fetching what is missing.
+// ReadAt reads verified bytes, fetching what is missing. An image whose index was
+// found forged is ErrDataLoss.
 func (f *File) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if err := f.lease.n.forgedIn(f.lease.record); err != nil {
+		return 0, fmt.Errorf("read image %s: %w", f.lease.Manifest(), err)
+	}
 	return f.image.ReadAt(ctx, p, off)
 }
 
@@ -89,7 +94,7 @@ func (f *File) Close() error { return f.close() }
 
 // File turns the lease into a file; closing that closes the lease.
 func (l *Lease) File() *File {
-	return &File{l.open, func() error { l.Close(); return nil }}
+	return &File{l, l.open, func() error { l.Close(); return nil }}
 }
 
 // Prefix opens the lowest count layers of an image as an image of their own:
@@ -127,7 +132,7 @@ func (l *Lease) prefix(ctx context.Context, count int) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &File{open, sync.OnceValue(func() error { return l.closePrefix(open) })}, nil
+	return &File{l, open, sync.OnceValue(func() error { return l.closePrefix(open) })}, nil
 }
 
 // prefixName names the image of a prefix in the store; nothing else has it.
