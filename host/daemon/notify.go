@@ -50,6 +50,15 @@ func store(fuse *session.Session, log *slog.Logger) bool {
 	return err == nil
 }
 
+// unstore has systemd let go of a session that cannot be resumed (FDSTOREREMOVE):
+// as long as it holds one, readers wait for answers, and the next supervisor
+// gets it beside the new one.
+func unstore(log *slog.Logger) {
+	if err := notify("FDSTOREREMOVE=1\nFDNAME=" + fuseName); err != nil {
+		log.Warn("systemd still holds the FUSE session of before", "error", err)
+	}
+}
+
 // ready tells systemd, if there is one, that everything serves.
 func ready() {
 	if err := notify("READY=1"); err != nil && !errors.Is(err, errNoManager) {

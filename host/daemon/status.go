@@ -7,6 +7,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/tatami-containers/tatami/host/config"
 	"github.com/tatami-containers/tatami/host/snapshotter"
@@ -28,21 +29,27 @@ func (l *local) Lookup(ctx context.Context, container string) (string, digest.Di
 	return "", "", fmt.Errorf("no snapshotter has container %.64q: %w", container, errdefs.ErrNotFound)
 }
 
+// statusRoom bounds what is told of snapshots, in bytes: ttrpc takes messages of
+// 4 MiB (messageLengthMax in its channel.go), and sandboxes are in this one, too.
+const statusRoom = 2 << 20
+
 // Status implements service.Local.
 func (l *local) Status(ctx context.Context) ([]*api.SnapshotterStatus, error) {
 	var out []*api.SnapshotterStatus
+	room := statusRoom
 	for i, s := range l.all {
 		entries, err := s.List(ctx)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, status(l.cfg.Snapshotters[i], entries))
+		out = append(out, status(l.cfg.Snapshotters[i], entries, &room))
 	}
 	return out, nil
 }
 
-// status leaves out what is as it should be and no container's.
-func status(c config.Snapshotter, entries []snapshotter.Entry) *api.SnapshotterStatus {
+// status leaves out what is as it should be and no container's, and what room,
+// which shrinks, is too small for.
+func status(c config.Snapshotter, entries []snapshotter.Entry, room *int) *api.SnapshotterStatus {
 	out := &api.SnapshotterStatus{Name: c.Name, Socket: c.Socket, Mode: c.Mode}
 	for _, e := range entries {
 		if e.Kind == snapshots.KindCommitted && e.Chain.Manifest != "" {
@@ -51,11 +58,20 @@ func status(c config.Snapshotter, entries []snapshotter.Entry) *api.SnapshotterS
 		if e.Kind == snapshots.KindCommitted && e.Reason == "" {
 			continue
 		}
-		kind := map[snapshots.Kind]string{snapshots.KindActive: "active", snapshots.KindView: "view", snapshots.KindCommitted: "committed"}[e.Kind]
-		out.Snapshots = append(out.Snapshots, &api.SnapshotStatus{
-			Key: e.Key, Kind: kind, Reference: e.Chain.Reference, ManifestDigest: e.Chain.Manifest.String(),
-			Mode: string(e.Mode), Reason: e.Reason,
-		})
+		one := snapshotStatus(e)
+		if *room -= proto.Size(one); *room < 0 {
+			out.LeftOut++
+			continue
+		}
+		out.Snapshots = append(out.Snapshots, one)
 	}
 	return out
+}
+
+func snapshotStatus(e snapshotter.Entry) *api.SnapshotStatus {
+	kind := map[snapshots.Kind]string{snapshots.KindActive: "active", snapshots.KindView: "view", snapshots.KindCommitted: "committed"}[e.Kind]
+	return &api.SnapshotStatus{
+		Key: e.Key, Kind: kind, Reference: e.Chain.Reference, ManifestDigest: e.Chain.Manifest.String(),
+		Mode: string(e.Mode), Reason: e.Reason,
+	}
 }

@@ -89,11 +89,10 @@ func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *sessi
 	}
 	l.endReads = endReads
 	go func() { l.reads <- l.mounter.Serve(reading) }()
-	err = images.Collect(ctx)
-	if err == nil {
-		err = l.openSnapshotters(ctx, images)
+	if err := images.Collect(ctx); err != nil {
+		log.Warn("what nobody holds stays mounted for now", "error", err)
 	}
-	if err != nil {
+	if err := l.openSnapshotters(ctx, images); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil

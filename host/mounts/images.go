@@ -36,6 +36,11 @@ const drainGrace = 2 * time.Second
 func (m *Mounts) Remove(ctx context.Context, manifest digest.Digest) error {
 	ctx, cancel := context.WithTimeout(ctx, drainGrace)
 	defer cancel()
-	_ = m.cfg.Mounter.Drain(ctx, manifest) // if it is still in use, the node says so
+	images := []digest.Digest{manifest}
+	of := m.cfg.Node.Layers(manifest)
+	for n := 1; n < of; n++ {
+		images = append(images, imageOf(snapshotter.Chain{Manifest: manifest, Layers: n, Of: of}))
+	}
+	_ = m.cfg.Mounter.Drain(ctx, images...) // if it is still in use, the node says so
 	return m.cfg.Node.Remove(manifest)
 }

@@ -115,6 +115,11 @@ func (m *Mounts) hold(ctx context.Context, holder string, h holding, provide fun
 		return err
 	}
 	f, err := m.open(ctx, h.chain())
+	if errdefs.IsNotFound(err) { // containerd has the image, the node lost it
+		if _, err = m.Prepare(ctx, h.Chain.Reference, h.Chain.Manifest); err == nil {
+			f, err = m.open(ctx, h.chain())
+		}
+	}
 	if err == nil {
 		err = provide(f)
 	}

@@ -213,6 +213,23 @@ func TestLook(t *testing.T) {
 	}
 }
 
+// What the node has lost is fetched again: containerd still has the image, and
+// does not ask for its layers.
+func TestLostImage(t *testing.T) {
+	g := newRig(t)
+	whole, base := g.image(t, "app")
+	check(t, g.Remove(t.Context(), whole.Manifest))
+	for _, c := range []snapshotter.Chain{whole, base} {
+		dir, err := g.Mount(t.Context(), "a.1", c)
+		check(t, err)
+		if _, err := os.ReadFile(filepath.Join(dir, "name")); err != nil {
+			t.Error(err)
+		}
+		check(t, g.Release(t.Context(), "a.1"))
+		check(t, g.Remove(t.Context(), c.Manifest))
+	}
+}
+
 // The next process goes on with what was held, and takes away what was not.
 func TestRestart(t *testing.T) {
 	g := newRig(t)
@@ -244,13 +261,46 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// When the session is gone but not the records, as after a supervisor that was
+// killed, holders have what they had once they ask.
+func TestSessionLost(t *testing.T) {
+	g := newRig(t)
+	whole, base := g.image(t, "app")
+	dir, err := g.Mount(t.Context(), "a.1", whole)
+	check(t, err)
+	_, err = g.File(t.Context(), "a.2", base)
+	check(t, err)
+	g.end()
+	check(t, g.session.Close())
+	g.session, err = session.Open(session.Config{Dir: filepath.Join(g.dir, "fuse")})
+	check(t, err)
+	last := g.session
+	t.Cleanup(func() { check(t, last.Close()) })
+	link, err := g.session.Attach()
+	check(t, err)
+	t.Cleanup(func() { check(t, link.Close()) })
+	g.start(t, link)
+	again, err := g.Mount(t.Context(), "a.1", whole)
+	check(t, err)
+	if again != dir || content(t, dir+"/name") != "app" {
+		t.Errorf("mounted at %s, before %s", again, dir)
+	}
+	path, err := g.File(t.Context(), "a.2", base)
+	check(t, err)
+	if out, err := exec.Command("fsck.erofs", path).CombinedOutput(); err != nil {
+		t.Errorf("fsck.erofs: %v: %s", err, out)
+	}
+	check(t, g.Release(t.Context(), "a.1"))
+	check(t, g.Release(t.Context(), "a.2"))
+}
+
 func TestRefuses(t *testing.T) {
 	g := newRig(t)
 	whole, _ := g.image(t, "app")
 	unknown := whole
 	unknown.Manifest = digest.FromString("unknown")
 	if _, err := g.Mount(t.Context(), "a.1", unknown); !errdefs.IsNotFound(err) {
-		t.Errorf("an image that was not prepared: %v", err)
+		t.Errorf("an image that nobody has: %v", err)
 	}
 	for _, holder := range []string{"", ".", "..", "../x", "a/b", "ä", "a b"} {
 		if _, err := g.Mount(t.Context(), holder, whole); !errdefs.IsInvalidArgument(err) {

@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"io"
 	"strings"
 	"testing"
@@ -160,15 +161,27 @@ func testForged(t *testing.T, forge func(*index.Layer)) {
 		t.Fatalf("index %q", p.Index)
 	}
 	l := g.lease(t, "app:v1")
-	var err error
+	whole := l.File()
+	second := g.lease(t, "app:v1")
+	part, err := second.Prefix(t.Context(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for start := time.Now(); err == nil && time.Since(start) < time.Minute; time.Sleep(10 * time.Millisecond) {
 		err = g.read(t.Context(), l, 0, files)
 	}
 	if !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), "publish the index again") {
 		t.Errorf("read of a forged layer: %v", err)
 	}
+	for _, f := range []*File{whole, part} { // as they are mounted on the node
+		if _, err := f.ReadAt(t.Context(), make([]byte, 512), 0); !errdefs.IsDataLoss(err) {
+			t.Errorf("read of an image with a forged layer: %v", err)
+		}
+	}
 	g.check(t, g.lease(t, "good:v1"), 0, files)
-	l.Close()
+	if err := errors.Join(part.Close(), whole.Close()); err != nil {
+		t.Error(err)
+	}
 	log := g.log
 	g.restart(t)
 	if !strings.Contains(log.String(), "forged") {

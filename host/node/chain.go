@@ -24,6 +24,15 @@ func (n *Node) Has(manifest digest.Digest) bool {
 	return ok
 }
 
+// Layers is how many layers an image has; 0 when it is not on the node.
+func (n *Node) Layers(manifest digest.Digest) int {
+	r, ok := n.known(manifest)
+	if !ok {
+		return 0
+	}
+	return len(r.Blobs)
+}
+
 // PrepareManifest is Prepare for who knows already which manifest ref means. The
 // tag is still asked first, as an image index may bind what makes preparing
 // cheap; where it means something else by now, the digest counts.
@@ -41,7 +50,7 @@ func (n *Node) PrepareManifest(ctx context.Context, ref string, manifest digest.
 		}
 	}
 	if _, tagged := named.(reference.Tagged); tagged {
-		if p, err := n.Prepare(ctx, ref, ""); err == nil && p.Manifest == manifest {
+		if p, err := n.prepareOnly(ctx, ref, "", manifest); err == nil {
 			return p, nil
 		}
 	}
@@ -63,12 +72,17 @@ func (p *Prepared) DiffIDs() ([]digest.Digest, error) {
 
 // File is an image as one address space, and the right to read it.
 type File struct {
+	lease *Lease
 	image *store.Image
 	close func() error
 }
 
-// ReadAt reads verified bytes, fetching what is missing.
+// ReadAt reads verified bytes, fetching what is missing. An image whose index was
+// found forged is ErrDataLoss.
 func (f *File) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if err := f.lease.n.forgedIn(f.lease.record); err != nil {
+		return 0, fmt.Errorf("read image %s: %w", f.lease.Manifest(), err)
+	}
 	return f.image.ReadAt(ctx, p, off)
 }
 
@@ -80,7 +94,7 @@ func (f *File) Close() error { return f.close() }
 
 // File turns the lease into a file; closing that closes the lease.
 func (l *Lease) File() *File {
-	return &File{l.open, func() error { l.Close(); return nil }}
+	return &File{l, l.open, func() error { l.Close(); return nil }}
 }
 
 // Prefix opens the lowest count layers of an image as an image of their own:
@@ -118,7 +132,7 @@ func (l *Lease) prefix(ctx context.Context, count int) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &File{open, sync.OnceValue(func() error { return l.closePrefix(open) })}, nil
+	return &File{l, open, sync.OnceValue(func() error { return l.closePrefix(open) })}, nil
 }
 
 // prefixName names the image of a prefix in the store; nothing else has it.

@@ -84,10 +84,15 @@ func TestPrepareManifest(t *testing.T) {
 	g := newRig(t)
 	first := g.push("app:v1", tree{"a": "1"}.gzip(t)).Desc.Digest
 	second := g.push("app:v1", tree{"a": "2"}.gzip(t)).Desc.Digest
+	prepared := map[digest.Digest]bool{}
 	for _, want := range []digest.Digest{first, second, first} {
 		p, err := g.PrepareManifest(t.Context(), g.ref("app:v1"), want)
 		if err != nil || p.Manifest != want {
 			t.Fatalf("prepared %v (%v), want %s", p, err, want)
+		}
+		prepared[want] = true
+		if n := g.Stats().Images; n != len(prepared) {
+			t.Errorf("%d images, asked for %d: the one that the tag means is nobody's", n, len(prepared))
 		}
 		if ids, err := p.DiffIDs(); err != nil || len(ids) != 1 {
 			t.Errorf("diffIDs %v: %v", ids, err)

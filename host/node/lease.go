@@ -50,7 +50,7 @@ func (n *Node) Lease(ctx context.Context, ref, platform string) (*Lease, error) 
 	if err != nil {
 		return nil, err
 	}
-	m := n.meant(target{named.String(), platform})
+	m := n.meant(target{reference: named.String(), platform: platform})
 	if m == nil {
 		return nil, fmt.Errorf("image %s is not on the node: prepare it first: %w", named, errdefs.ErrNotFound)
 	}

@@ -40,6 +40,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -82,6 +83,7 @@ type Node struct {
 	jobs     map[string]*job             // prepares by reference; protected by mu
 	fetching map[digest.Digest]*progress // layers under way by manifest; protected by mu
 
+	anyForged  atomic.Bool                 // forged is not empty
 	prefetches map[digest.Digest]*prefetch // under way by manifest; protected by mu
 	forged     map[layerKey]error          // published indexes that are not used any more; protected by mu
 }

@@ -47,11 +47,17 @@ type Phase struct {
 // the last of them has gone. platform is "os/architecture[/variant]"; empty is
 // the node's own.
 func (n *Node) Prepare(ctx context.Context, ref, platform string) (*Prepared, error) {
+	return n.prepareOnly(ctx, ref, platform, "")
+}
+
+// prepareOnly is Prepare; when only is not empty and ref means another manifest,
+// nothing is prepared (ErrFailedPrecondition).
+func (n *Node) prepareOnly(ctx context.Context, ref, platform string, only digest.Digest) (*Prepared, error) {
 	named, want, err := parseTarget(ref, platform)
 	if err != nil {
 		return nil, err
 	}
-	t := target{named.String(), platform}
+	t := target{named.String(), platform, only}
 	p, _, err := n.prepares.do(ctx, t, func(ctx context.Context, _ *atomic.Int64) (*Prepared, error) {
 		return n.prepare(ctx, t, named, want)
 	}, nil)
@@ -95,6 +101,9 @@ func (n *Node) prepare(ctx context.Context, t target, ref reference.Named, platf
 	manifest, img, err := n.resolve(ctx, repo, t, ref, platform)
 	if err != nil {
 		return nil, err
+	}
+	if t.only != "" && manifest != t.only {
+		return nil, fmt.Errorf("it means %s and not %s: %w", manifest, t.only, errdefs.ErrFailedPrecondition)
 	}
 	c.mark("resolve")
 	done := indexed{from: fromNode}

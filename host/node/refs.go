@@ -17,6 +17,9 @@ import (
 type target struct {
 	reference string // normalised
 	platform  string // "" is the node's own
+	// only is the manifest that it has to mean, else it is not prepared; ""
+	// takes any. It is not remembered.
+	only digest.Digest
 }
 
 // meaning is what a target meant when it was prepared last.

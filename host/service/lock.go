@@ -36,13 +36,14 @@ func lockRoot(root, socket string) (*os.File, error) {
 	return f, nil
 }
 
-// sign writes into the lock who has it.
+// sign writes into the lock who has it: over what is there, which needs no space
+// on a disk that is full.
 func sign(f *os.File, socket string) error {
-	if err := f.Truncate(0); err != nil {
+	text := fmt.Appendf(nil, "pid %d, socket %s\n", os.Getpid(), socket)
+	if _, err := f.WriteAt(text, 0); err != nil {
 		return err
 	}
-	_, err := f.WriteAt(fmt.Appendf(nil, "pid %d, socket %s\n", os.Getpid(), socket), 0)
-	return err
+	return f.Truncate(int64(len(text)))
 }
 
 func owner(f *os.File) string {

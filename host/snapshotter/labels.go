@@ -33,7 +33,11 @@ const (
 const (
 	maxKey    = 4096 // bytes
 	maxLabels = 1024
-	maxReason = 1024 // bytes
+	// Of one snapshot, in bytes. An image's author sets labels, and containerd
+	// lists snapshots a hundred to a message, which gRPC bounds to 4 MiB where
+	// nothing else is set; a list that fails ends its garbage collection.
+	maxLabelBytes = 32 << 10
+	maxReason     = 1024 // bytes
 )
 
 // record is what we keep of a snapshot beside containerd's metadata.
@@ -116,13 +120,18 @@ func checkLabels(all map[string]string) error {
 	if len(all) > maxLabels {
 		return fmt.Errorf("%d labels, more than %d: %w", len(all), maxLabels, errdefs.ErrInvalidArgument)
 	}
+	size := 0
 	for k, v := range all {
+		size += len(k) + len(v)
 		if err := labels.Validate(k, v); err != nil {
 			return err
 		}
 		if k == "" || strings.HasPrefix(k, ownPrefix) {
 			return fmt.Errorf("label %q belongs to the snapshotter: %w", k, errdefs.ErrInvalidArgument)
 		}
+	}
+	if size > maxLabelBytes {
+		return fmt.Errorf("labels of %d bytes, more than %d: %w", size, maxLabelBytes, errdefs.ErrInvalidArgument)
 	}
 	return nil
 }

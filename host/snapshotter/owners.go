@@ -89,7 +89,7 @@ func (o *Owners) release(ctx context.Context, u use) error {
 }
 
 // restore sets what a snapshotter uses, by its records, and gives up what it
-// does not.
+// does not; what cannot be given up now is left to collect.
 func (o *Owners) restore(ctx context.Context, name string, counts map[digest.Digest]int) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -103,7 +103,9 @@ func (o *Owners) restore(ctx context.Context, name string, counts map[digest.Dig
 	errs = append(errs, err)
 	for _, m := range all {
 		if u := (use{name, m}); o.uses[u] == 0 {
-			errs = append(errs, o.unmark(ctx, u))
+			if err := o.unmark(ctx, u); err != nil {
+				o.log.Warn("an image that is not used any more stays for now", "manifest", m, "error", err)
+			}
 		}
 	}
 	return errors.Join(errs...)

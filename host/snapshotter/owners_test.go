@@ -1,7 +1,9 @@
 package snapshotter
 
 import (
+	"errors"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -129,5 +131,37 @@ func TestOwnersList(t *testing.T) {
 	}
 	if got, want := g.owners.path(digest.FromString("x"), "a"), filepath.Join(g.owners.dir, "sha256-"+digest.FromString("x").Encoded(), "a"); got != want {
 		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// A leftover that cannot be removed is no reason not to start: running containers
+// need the process.
+func TestStartsWithLeftovers(t *testing.T) {
+	g := newRig(t, Share)
+	p := g.pull(t, "k8s.io", ref, g.images.publish(t, "", tree{"a": "1"}))
+	left := g.images.publish(t, "", tree{"b": "2"})
+	for _, stuck := range []string{filepath.Join(g.images.root, "holders", "tatami.left"), g.images.prepared(left)} {
+		if err := os.MkdirAll(filepath.Join(stuck, "busy"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mark := g.owners.path(left, byPrefix+g.cfg.Name)
+	if err := errors.Join(os.Mkdir(filepath.Dir(mark), 0o700), writeMark(mark)); err != nil {
+		t.Fatal(err)
+	}
+	g.restart(t)
+	if _, err := g.Prepare(t.Context(), "c", p.top()); err != nil {
+		t.Error(err)
+	}
+	for _, stuck := range []string{filepath.Join(g.images.root, "holders", "tatami.left"), g.images.prepared(left)} {
+		if err := os.RemoveAll(filepath.Join(stuck, "busy")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := g.Cleanup(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got := g.preparedImages(t); len(got) != 1 {
+		t.Errorf("images %v", got)
 	}
 }

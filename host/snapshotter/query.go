@@ -45,8 +45,10 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 		if all {
 			info.Labels = keepOwn(info.Labels, old.Labels)
 		}
-		out, err = storage.UpdateInfo(ctx, info, fieldpaths...)
-		return err
+		if out, err = storage.UpdateInfo(ctx, info, fieldpaths...); err != nil {
+			return err
+		}
+		return checkLabels(visible(out.Labels)) // with those that stay
 	})
 	return visibleInfo(out), err
 }

@@ -127,6 +127,46 @@ func TestHostile(t *testing.T) {
 	}
 }
 
+// containerd's garbage collection lists all snapshots, in messages of a hundred,
+// and no image may make one larger than gRPC takes: nothing would ever be removed
+// again.
+func TestListOfLargeLabels(t *testing.T) {
+	g := newRig(t, Full)
+	client := listen(t, func(s *grpc.Server) { g.Register(s) })
+	large := map[string]string{}
+	for i := range (maxLabelBytes - 1) / maxKey {
+		large[fmt.Sprintf("%04d", i)] = strings.Repeat("v", 4000)
+	}
+	for i := range 101 {
+		if _, err := client.View(t.Context(), fmt.Sprint(i), "", snapshots.WithLabels(large)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n := 0
+	if err := client.Walk(t.Context(), func(context.Context, snapshots.Info) error { n++; return nil }); err != nil || n != 101 {
+		t.Errorf("%d snapshots: %v", n, err)
+	}
+	larger := maps.Clone(large)
+	for i := range 8 {
+		larger[fmt.Sprintf("more%d", i)] = strings.Repeat("v", 4000)
+	}
+	if _, err := client.View(t.Context(), "k", "", snapshots.WithLabels(larger)); !errdefs.IsInvalidArgument(err) {
+		t.Error(err)
+	}
+	info := snapshots.Info{Name: "0", Labels: larger}
+	maps.DeleteFunc(info.Labels, func(k, _ string) bool { return !strings.HasPrefix(k, "more") })
+	var paths []string
+	for k := range info.Labels {
+		paths = append(paths, "labels."+k)
+	}
+	if _, err := client.Update(t.Context(), info, paths...); !errdefs.IsInvalidArgument(err) {
+		t.Error(err)
+	}
+	if len(must(client.Stat(t.Context(), "0"))(t).Labels) != len(large) {
+		t.Error("labels of a refused update stay")
+	}
+}
+
 func TestConfig(t *testing.T) {
 	good := Config{Root: t.TempDir(), Name: "a", Mode: Share, Images: newDirImages(t, t.TempDir())}
 	for reason, change := range map[string]func(*Config){

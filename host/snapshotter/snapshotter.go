@@ -132,7 +132,11 @@ func (s *Snapshotter) openState(ctx context.Context) (err error) {
 	if err := s.owners.restore(ctx, s.cfg.Name, counts); err != nil {
 		return err
 	}
-	return s.Cleanup(ctx)
+	if err := s.Cleanup(ctx); err != nil {
+		// No reason to serve nothing: running containers read from this process.
+		s.log.Warn("what was left behind stays for now; Cleanup tries again", "error", err)
+	}
+	return nil
 }
 
 // countImages counts the records of each image.

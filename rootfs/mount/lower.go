@@ -226,6 +226,11 @@ func (m *Mounter) unmountLower(lw *lower) error {
 		return err
 	}
 	defer m.mu.Unlock()
+	select {
+	case <-lw.released:
+	default: // the file is being closed
+		m.draining[lw.rec.Node] = lw
+	}
 	return errors.Join(err, m.table.removeImage(lw.rec.Node))
 }
 
@@ -252,15 +257,18 @@ func (m *Mounter) released(node uint64) {
 		return
 	}
 	m.server.Remove(node)
-	close(lw.released)
 	m.closeFile(lw.file)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.draining, node)
+	close(lw.released) // after the file: whoever waits may remove the image next
 }
 
 // markReleased returns the image of a node if this is its first release.
 // Precondition: mu is held.
 func (m *Mounter) markReleased(node uint64) (*lower, error) {
-	if lw := m.draining[node]; lw != nil {
-		delete(m.draining, node)
+	if lw := m.draining[node]; lw != nil && !lw.rec.Released {
+		lw.rec.Released = true
 		return lw, m.table.removeImage(node)
 	}
 	for _, lw := range m.lowers {

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -297,6 +298,26 @@ func TestUnmountInUse(t *testing.T) {
 		eventually(t, "image closed", file.closed.Load)
 		assertClean(t, l)
 	})
+}
+
+// slowFile takes a while to close.
+type slowFile struct{ *diskFile }
+
+func (f slowFile) Close() error {
+	time.Sleep(100 * time.Millisecond)
+	return f.diskFile.Close()
+}
+
+// Drain waits until images are closed: only then can they be removed.
+func TestDrainWaitsForClose(t *testing.T) {
+	l := newLocal(t, Config{})
+	img := makeImage(t, 1, 1, 0)
+	f, _ := l.mount(img, "a", func(s *Spec) { s.Image = slowFile{s.Image.(*diskFile)} })
+	check(t, l.Unmount(t.Context(), "a"))
+	check(t, l.Drain(t.Context(), img.manifest))
+	if !f.closed.Load() {
+		t.Error("the image is still open")
+	}
 }
 
 func TestSweep(t *testing.T) {

@@ -37,14 +37,13 @@ func (m *Mounter) Restore(ctx context.Context, open func(Record) (File, error)) 
 			return err
 		}
 		s = sessionRecord{Version: recordVersion, Session: m.cfg.Link.ID(), NextNode: firstNode}
+		if err := m.table.save(sessionFile, &s); err != nil {
+			return err
+		}
 	}
 	m.mu.Lock()
 	m.session = s
-	err = m.table.save(sessionFile, &s)
 	m.mu.Unlock()
-	if err != nil {
-		return err
-	}
 	return m.restore(ctx, open)
 }
 

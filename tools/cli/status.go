@@ -108,6 +108,9 @@ func (st *nodeStatus) printSnapshots(w io.Writer) {
 			head = ""
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", e.Key, e.Kind, cmp.Or(e.Mode, "full"), cmp.Or(e.Reference, "-"), e.Reason)
 		}
+		if s.LeftOut > 0 {
+			fmt.Fprintf(w, "… and %d more of snapshotter %s\n", s.LeftOut, s.Name)
+		}
 	}
 }
 

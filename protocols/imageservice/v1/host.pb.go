@@ -1009,7 +1009,9 @@ type SnapshotterStatus struct {
 	// The snapshots of containers, and layers that are not served lazily.
 	Snapshots []*SnapshotStatus `protobuf:"bytes,4,rep,name=snapshots,proto3" json:"snapshots,omitempty"`
 	// Layers that are served lazily.
-	LazyLayers    int64 `protobuf:"varint,5,opt,name=lazy_layers,json=lazyLayers,proto3" json:"lazy_layers,omitempty"`
+	LazyLayers int64 `protobuf:"varint,5,opt,name=lazy_layers,json=lazyLayers,proto3" json:"lazy_layers,omitempty"`
+	// How many snapshots the answer has no room for.
+	LeftOut       int64 `protobuf:"varint,6,opt,name=left_out,json=leftOut,proto3" json:"left_out,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1075,6 +1077,13 @@ func (x *SnapshotterStatus) GetSnapshots() []*SnapshotStatus {
 func (x *SnapshotterStatus) GetLazyLayers() int64 {
 	if x != nil {
 		return x.LazyLayers
+	}
+	return 0
+}
+
+func (x *SnapshotterStatus) GetLeftOut() int64 {
+	if x != nil {
+		return x.LeftOut
 	}
 	return 0
 }
@@ -1361,14 +1370,15 @@ const file_v1_host_proto_rawDesc = "" +
 	"\rStatusRequest\"\x8a\x01\n" +
 	"\x0eStatusResponse\x12@\n" +
 	"\fsnapshotters\x18\x01 \x03(\v2\x1c.tatami.v1.SnapshotterStatusR\fsnapshotters\x126\n" +
-	"\tsandboxes\x18\x02 \x03(\v2\x18.tatami.v1.SandboxStatusR\tsandboxes\"\xad\x01\n" +
+	"\tsandboxes\x18\x02 \x03(\v2\x18.tatami.v1.SandboxStatusR\tsandboxes\"\xc8\x01\n" +
 	"\x11SnapshotterStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x12\n" +
 	"\x04mode\x18\x03 \x01(\tR\x04mode\x127\n" +
 	"\tsnapshots\x18\x04 \x03(\v2\x19.tatami.v1.SnapshotStatusR\tsnapshots\x12\x1f\n" +
 	"\vlazy_layers\x18\x05 \x01(\x03R\n" +
-	"lazyLayers\"\xa9\x01\n" +
+	"lazyLayers\x12\x19\n" +
+	"\bleft_out\x18\x06 \x01(\x03R\aleftOut\"\xa9\x01\n" +
 	"\x0eSnapshotStatus\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x1c\n" +

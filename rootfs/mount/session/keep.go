@@ -22,7 +22,7 @@ type kept struct {
 	ID      string   `json:"id"`
 	Mode    Mode     `json:"mode"`
 	Offer   []byte   `json:"offer"`
-	Workers int      `json:"workers"`           // that the session had so far
+	Workers int      `json:"workers"`           // that the session had, if its supervisor was not killed
 	Pending [][]byte `json:"pending,omitempty"` // Journal: requests without an answer, in their order
 }
 
@@ -54,7 +54,8 @@ func Resume(file string, fuse *os.File, log *slog.Logger) (*Session, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("resume session: %w", err), fuse.Close())
 	}
-	s := &Session{dir: k.Dir, id: k.ID, mode: k.Mode, offer: k.Offer, fuse: fuse, log: log, workers: k.Workers, pending: k.Pending}
+	s := &Session{dir: k.Dir, id: k.ID, mode: k.Mode, offer: k.Offer, fuse: fuse, log: log, pending: k.Pending}
+	s.workers = max(k.Workers, 1) // a supervisor that was killed could not say that it had one
 	if s.Ended() {
 		return nil, errors.Join(fmt.Errorf("resume session %s: %w", s.dir, ErrEnded), fuse.Close())
 	}

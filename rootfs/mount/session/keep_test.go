@@ -2,12 +2,14 @@ package session
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // A session that is left to a later supervisor goes on there: same identity,
@@ -37,7 +39,7 @@ func TestResume(t *testing.T) {
 			if next.id != s.id || next.Mode() != mode || next.Dir() != s.Dir() {
 				t.Errorf("resumed %s %s %s, left %s %s %s", next.id, next.Mode(), next.Dir(), s.id, mode, s.Dir())
 			}
-			superviseAgain(t, next, dir)
+			superviseAgain(t, next, dir, func() {})
 			if mounted(t, s.Dir()) {
 				t.Error("session is still mounted after its last supervisor")
 			}
@@ -45,8 +47,9 @@ func TestResume(t *testing.T) {
 	}
 }
 
-// superviseAgain runs a second worker of the session in dir and ends it.
-func superviseAgain(t *testing.T, s *Session, dir string) {
+// superviseAgain runs a second worker of the session in dir and ends it after
+// meanwhile.
+func superviseAgain(t *testing.T, s *Session, dir string, meanwhile func()) {
 	t.Helper()
 	extra, err := os.Open(os.DevNull)
 	if err != nil {
@@ -62,6 +65,7 @@ func superviseAgain(t *testing.T, s *Session, dir string) {
 		})
 	}()
 	await(t, dir, 2)
+	meanwhile()
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
@@ -147,4 +151,87 @@ func aborted(t *testing.T) *os.File {
 	}
 	t.Cleanup(func() { _ = f.Close() })
 	return f
+}
+
+// A supervisor that was killed has not described the workers that it started.
+// What the last of them read and did not answer is asked for again all the same.
+func TestResumeAfterCrash(t *testing.T) {
+	s := open(t, Direct)
+	file := filepath.Join(t.TempDir(), "session.json")
+	if err := s.keep(file); err != nil { // before its first worker
+		t.Fatal(err)
+	}
+	looked := make(chan error, 1)
+	go func() {
+		_, err := os.Lstat(filepath.Join(s.Dir(), "name"))
+		looked <- err
+	}()
+	lost := receive(t, s) // by a worker that is killed with its supervisor
+	fuse, err := s.Descriptor()
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := Resume(file, fuse, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "started"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	superviseAgain(t, next, dir, func() {
+		again := receive(t, s)
+		if again.opcode != lost.opcode {
+			t.Errorf("opcode %d, asked %d", again.opcode, lost.opcode)
+		}
+		reply := make([]byte, outHeaderSize)
+		binary.NativeEndian.PutUint32(reply, outHeaderSize)
+		binary.NativeEndian.PutUint32(reply[4:], ^uint32(unix.ENOENT)+1) // -ENOENT
+		binary.NativeEndian.PutUint64(reply[8:], again.unique)
+		if _, err := s.fuse.Write(reply); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := <-looked; !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
+// receive reads a request and does not answer it.
+func receive(t *testing.T, s *Session) header {
+	t.Helper()
+	buf := make([]byte, BufferSize)
+	n, err := readBlocking(s.fuse, buf)
+	if err != nil {
+		t.Error(err)
+		return header{}
+	}
+	h, err := parseHeader(buf[:n])
+	if err != nil {
+		t.Error(err)
+	}
+	return h
+}
+
+// When ending goes wrong, or a worker cannot be started, the session is left to
+// the next supervisor all the same.
+func TestKeptAfterFailure(t *testing.T) {
+	s := open(t, Auto)
+	fuse, err := s.Descriptor()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "session.json")
+	cleanup := func(context.Context) error { t.Error("cleaned up"); return nil }
+	err = Supervise(t.Context(), SuperviseConfig{Session: s, Command: []string{"/nonexistent/worker"}, Keep: file, Cleanup: cleanup})
+	if !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v", err)
+	}
+	next, err := Resume(file, fuse, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Close(); err != nil {
+		t.Error(err)
+	}
 }

@@ -39,8 +39,8 @@ type SuperviseConfig struct {
 	Cleanup func(context.Context) error
 	// Keep, if not empty, is a file that describes the session to a later
 	// supervisor (Resume), which the session is then left to: when ctx is done,
-	// nothing is cleaned up and nothing unmounted. Somebody must hold the
-	// session's Descriptor meanwhile.
+	// or supervising fails, nothing is cleaned up and nothing unmounted.
+	// Somebody must hold the session's Descriptor meanwhile.
 	Keep string
 	// Restarts, if not nil, counts the workers that were started again.
 	Restarts *atomic.Int64
@@ -82,12 +82,12 @@ func Supervise(ctx context.Context, cfg SuperviseConfig) error {
 	// this one has to stay.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	if err := s.keep(); err != nil {
-		return errors.Join(err, s.end())
+	err := s.keep()
+	if err == nil {
+		err = s.serve(ctx)
 	}
-	err := s.serve(ctx)
-	if err == nil && s.Keep != "" {
-		return s.leave()
+	if s.Keep != "" && !errors.Is(err, ErrEnded) {
+		return errors.Join(err, s.leave())
 	}
 	return errors.Join(err, s.end())
 }
