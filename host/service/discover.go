@@ -60,11 +60,12 @@ func (s *Service) findCID(cid uint32) bool {
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, findWithin)
 	defer cancel()
-	if err := s.watcher.Rescan(ctx); err != nil {
-		return false
-	}
+	err := s.watcher.Rescan(ctx)
 	if s.serves(cid) {
-		return true
+		return true // however many shims do not answer
+	}
+	if err != nil {
+		return false
 	}
 	s.misses.add(cid)
 	s.log.Debug("a connection is from no known sandbox", "cid", cid)
