@@ -2,13 +2,19 @@ package kata
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // newScanner returns a scanner that only the test drives, on dir.
@@ -99,5 +105,50 @@ func TestQuestionsBounded(t *testing.T) {
 	s.start(ctx)
 	if s.inFlight != maxAsks || !s.next().After(time.Now()) {
 		t.Errorf("%d questions at a time; next %s", s.inFlight, s.next())
+	}
+}
+
+// A process of another user is no shim, wherever it listens.
+func TestForeignShim(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root: listens as another user")
+	}
+	w := watch(t, noRescan)
+	dir := filepath.Join(w.rust, "one")
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: filepath.Join(dir, monitor)}); err != nil {
+		t.Fatal(err)
+	}
+	listening := make(chan error)
+	go func() {
+		runtime.LockOSThread() // the thread ends with the goroutine: it is another user's
+		const nobody = 65534
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, nobody, nobody, nobody); errno != 0 {
+			listening <- errno
+			return
+		}
+		listening <- unix.Listen(fd, 8)
+	}()
+	if err := <-listening; err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), monitor)
+	l, err := net.FileListener(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: says("vsock://100:1024"), ReadHeaderTimeout: patience}
+	go func() { _ = srv.Serve(l) }() // ends with Close
+	defer srv.Close()
+	w.rescan(t)
+	w.none(t)
+	if !strings.Contains(w.log.String(), "user 65534 listens") {
+		t.Errorf("log: %s", w.log)
 	}
 }
