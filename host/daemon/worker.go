@@ -68,6 +68,7 @@ type local struct {
 	mounter *mount.Mounter
 	sockets map[string]net.Listener    // by path
 	all     []*snapshotter.Snapshotter // as cfg.Snapshotters
+	owners  *snapshotter.Owners
 
 	endReads func()     // ends the answering of reads
 	reads    chan error // how that ended
@@ -100,7 +101,8 @@ func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *sessi
 
 func (l *local) openSnapshotters(ctx context.Context, images *mounts.Mounts) error {
 	root := filepath.Join(l.cfg.Root, "snapshotter")
-	owners, err := snapshotter.OpenOwners(filepath.Join(l.cfg.Root, "owners"), images, l.log)
+	var err error
+	l.owners, err = snapshotter.OpenOwners(filepath.Join(l.cfg.Root, "owners"), images, l.log)
 	if err != nil {
 		return err
 	}
@@ -108,7 +110,7 @@ func (l *local) openSnapshotters(ctx context.Context, images *mounts.Mounts) err
 		s, err := snapshotter.Open(ctx, snapshotter.Config{
 			Root: filepath.Join(root, c.Name), Name: c.Name, Mode: snapshotter.Mode(c.Mode),
 			Allow: modes(c.Allow), Fallback: modes(c.Fallback), UpperSize: int64(c.UpperSize),
-			MountHelper: l.cfg.MountHelper, Images: images, Owners: owners, Log: l.log.With("snapshotter", c.Name),
+			MountHelper: l.cfg.MountHelper, Images: images, Owners: l.owners, Log: l.log.With("snapshotter", c.Name),
 		})
 		if err != nil {
 			return fmt.Errorf("open snapshotter %s: %w", c.Name, err)
@@ -136,6 +138,7 @@ func (l *local) Serve(ctx context.Context) error {
 		}
 		g.Go(func() error { return l.serve(ctx, s, l.sockets[socket]) })
 	}
+	g.Go(func() error { l.collect(ctx); return nil })
 	g.Go(func() error {
 		select {
 		case err := <-l.reads:
@@ -146,6 +149,25 @@ func (l *local) Serve(ctx context.Context) error {
 		}
 	})
 	return g.Wait()
+}
+
+// collectEvery is how often images are given up that were in use when their last
+// snapshot went: a sandbox gives them back a little later.
+const collectEvery = 15 * time.Second
+
+func (l *local) collect(ctx context.Context) {
+	tick := time.NewTicker(collectEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		if err := l.owners.Collect(ctx); err != nil && ctx.Err() == nil {
+			l.log.Warn("images that are not used any more stay for now", "error", err)
+		}
+	}
 }
 
 // serve answers containerd on one socket until ctx ends. Calls under way are

@@ -52,7 +52,7 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	for _, r := range lost {
 		s.letGo(ctx, r.holder)
 	}
-	errs = append(errs, s.owners.collect(ctx))
+	errs = append(errs, s.owners.Collect(ctx))
 	return errors.Join(errs...)
 }
 

@@ -111,8 +111,8 @@ func (o *Owners) restore(ctx context.Context, name string, counts map[digest.Dig
 	return errors.Join(errs...)
 }
 
-// collect gives up the images that nobody uses.
-func (o *Owners) collect(ctx context.Context) error {
+// Collect gives up the images that nobody uses.
+func (o *Owners) Collect(ctx context.Context) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	all, err := o.list()
@@ -161,7 +161,7 @@ func (o *Owners) unmark(ctx context.Context, u use) error {
 }
 
 // giveUp removes an image that nobody uses any more. One that others use stays
-// for the next collect. Precondition: o.mu is held.
+// for the next Collect. Precondition: o.mu is held.
 func (o *Owners) giveUp(ctx context.Context, manifest digest.Digest) error {
 	if by, err := filepath.Glob(o.path(manifest, byPrefix+"*")); err != nil || len(by) > 0 {
 		return err
