@@ -80,6 +80,10 @@ go test -run '^$' -bench 'Build|Inflate|Hit' -benchtime 2s ./rootfs/bootstrap ./
 section "snapshotter: layers as in containerd's benchsuite beside its overlayfs, and containers by mode, through a socket"
 go test -run '^$' -bench 'Layers|Container' -benchtime 2s ./host/snapshotter | grep '^Benchmark'
 
+section "containerd 2.4 and runc: a pull, and from there the first command, with its overlayfs and with ours (share)"
+TATAMI_BENCH_IMAGE=$REGISTRY/bench/gzip:v1 go test -run "^$" -bench Start -benchtime 3x -timeout 30m ./tests/containerd | grep "^Benchmark"
+TATAMI_BENCH_IMAGE=$REGISTRY/bench/estargz:v1 go test -run "^$" -bench Start -benchtime 3x -timeout 30m ./tests/containerd | grep "^Benchmark"
+
 section "memory"
 go build -o "$work/hostmem" ./tests/bench/hostmem
 "$work/hostmem" bin/tatami-host 100000

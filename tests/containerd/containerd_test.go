@@ -102,7 +102,7 @@ address = "{{.Socket}}"
 }
 
 // containerd starts the node's containerd and waits until CRI answers.
-func (n *node) containerd(t *testing.T, s setup) *daemon {
+func (n *node) containerd(t testing.TB, s setup) *daemon {
 	t.Helper()
 	s.Node, s.Platform = n.dir, "linux/"+runtime.GOARCH
 	var config bytes.Buffer
@@ -116,7 +116,7 @@ func (n *node) containerd(t *testing.T, s setup) *daemon {
 }
 
 // restartContainerd starts containerd with the configuration that it had.
-func (n *node) restartContainerd(t *testing.T) *daemon {
+func (n *node) restartContainerd(t testing.TB) *daemon {
 	t.Helper()
 	d := n.start(t, "containerd", nil, nil, filepath.Join(n.rel.programs, "containerd"), "--config", filepath.Join(n.dir, "containerd.toml"))
 	until(t, func() error {
@@ -130,7 +130,7 @@ func (n *node) restartContainerd(t *testing.T) *daemon {
 }
 
 // ctr runs ctr in the namespace "default".
-func (n *node) ctr(t *testing.T, args ...string) string {
+func (n *node) ctr(t testing.TB, args ...string) string {
 	t.Helper()
 	return n.run(t, n.ctrArgs(args...)...)
 }

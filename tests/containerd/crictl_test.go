@@ -10,7 +10,7 @@ import (
 )
 
 // crictl runs crictl.
-func (n *node) crictl(t *testing.T, args ...string) string {
+func (n *node) crictl(t testing.TB, args ...string) string {
 	t.Helper()
 	return strings.TrimSpace(n.run(t, n.crictlArgs(args...)...))
 }
@@ -22,7 +22,7 @@ func (n *node) crictlArgs(args ...string) []string {
 
 // pod starts a sandbox on the machine's network and returns its id. handler may
 // be "".
-func (n *node) pod(t *testing.T, name, handler string) string {
+func (n *node) pod(t testing.TB, name, handler string) string {
 	t.Helper()
 	args := []string{"runp"}
 	if handler != "" {
@@ -32,7 +32,7 @@ func (n *node) pod(t *testing.T, name, handler string) string {
 }
 
 // pullFor pulls an image for the pods of a handler, as kubelet does.
-func (n *node) pullFor(t *testing.T, ref, handler string) {
+func (n *node) pullFor(t testing.TB, ref, handler string) {
 	t.Helper()
 	n.crictl(t, "pull", "--pod-config", n.podConfig(t, "pull", handler), ref)
 }
@@ -43,7 +43,7 @@ const hostNetwork = 2
 // podConfig writes a PodSandboxConfig and returns its path. crictl has no flag for
 // the handler of a pull; containerd takes it from an annotation as well
 // (internal/cri/server/images/image_pull.go, snapshotterFromPodSandboxConfig).
-func (n *node) podConfig(t *testing.T, name, handler string) string {
+func (n *node) podConfig(t testing.TB, name, handler string) string {
 	t.Helper()
 	return n.writeJSON(t, "pod-"+name, map[string]any{
 		"annotations":   map[string]string{"io.containerd.cri.runtime-handler": handler},
@@ -65,7 +65,7 @@ type container struct {
 
 // create creates a container in a pod and starts it; it returns its id. The
 // image is there already.
-func (n *node) create(t *testing.T, pod string, c container) string {
+func (n *node) create(t testing.TB, pod string, c container) string {
 	t.Helper()
 	id, err := n.tryCreate(t, pod, c)
 	if err != nil {
@@ -76,7 +76,7 @@ func (n *node) create(t *testing.T, pod string, c container) string {
 }
 
 // tryCreate only creates the container.
-func (n *node) tryCreate(t *testing.T, pod string, c container) (id string, err error) {
+func (n *node) tryCreate(t testing.TB, pod string, c container) (id string, err error) {
 	t.Helper()
 	config := map[string]any{
 		"metadata": map[string]any{"name": c.name},
@@ -91,12 +91,12 @@ func (n *node) tryCreate(t *testing.T, pod string, c container) (id string, err 
 
 // exec runs a command in a container of CRI and returns the line that it writes;
 // crictl adds empty ones.
-func (n *node) exec(t *testing.T, id string, command ...string) string {
+func (n *node) exec(t testing.TB, id string, command ...string) string {
 	t.Helper()
 	return n.crictl(t, append([]string{"exec", "--sync", id}, command...)...)
 }
 
-func (n *node) writeJSON(t *testing.T, name string, v any) string {
+func (n *node) writeJSON(t testing.TB, name string, v any) string {
 	t.Helper()
 	b, err := json.Marshal(v)
 	if err != nil {
@@ -110,14 +110,14 @@ func (n *node) writeJSON(t *testing.T, name string, v any) string {
 }
 
 // removePod stops and removes a sandbox with its containers.
-func (n *node) removePod(t *testing.T, id string) {
+func (n *node) removePod(t testing.TB, id string) {
 	t.Helper()
 	n.crictl(t, "stopp", id)
 	n.crictl(t, "rmp", id)
 }
 
 // images lists the references that CRI knows.
-func (n *node) images(t *testing.T) []string {
+func (n *node) images(t testing.TB) []string {
 	t.Helper()
 	var list struct {
 		Images []struct{ RepoTags []string }

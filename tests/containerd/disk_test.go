@@ -51,7 +51,7 @@ func TestDisk(t *testing.T) {
 }
 
 // checkImageFS compares what `crictl imagefsinfo` says with the disk.
-func (n *node) checkImageFS(t *testing.T, w way) error {
+func (n *node) checkImageFS(t testing.TB, w way) error {
 	t.Helper()
 	fs := n.imageFS(t)
 	root := n.proxyOf("tatami").Root
@@ -71,7 +71,7 @@ type imageFS struct {
 }
 
 // imageFS returns the first one, which is all that kubelet looks at.
-func (n *node) imageFS(t *testing.T) imageFS {
+func (n *node) imageFS(t testing.TB) imageFS {
 	t.Helper()
 	var info struct {
 		Status struct {

@@ -21,7 +21,7 @@ const (
 )
 
 // host starts tatami-host with snapshotters and waits until it is ready.
-func (n *node) host(t *testing.T, snapshotters string) *daemon {
+func (n *node) host(t testing.TB, snapshotters string) *daemon {
 	t.Helper()
 	need(t, "mount.fuse")
 	settings := fmt.Sprintf("version = 1\nroot = %q\nstate = %q\n%s", n.hostRoot(), hostState, snapshotters)
@@ -37,7 +37,7 @@ func (n *node) settings() string { return filepath.Join(n.dir, "host.toml") }
 
 // restartHost starts tatami-host with the settings that it had and the
 // descriptors that it stored.
-func (n *node) restartHost(t *testing.T) *daemon {
+func (n *node) restartHost(t testing.TB) *daemon {
 	t.Helper()
 	env, files := n.manager.given()
 	d := n.start(t, "tatami-host", env, files, "/opt/tatami/bin/tatami-host", "--config", n.settings())
@@ -59,7 +59,7 @@ func (n *node) proxyOf(name string) proxy {
 }
 
 // hostLog is what tatami-host has logged.
-func (n *node) hostLog(t *testing.T) string {
+func (n *node) hostLog(t testing.TB) string {
 	t.Helper()
 	log, err := os.ReadFile(filepath.Join(n.dir, "tatami-host.log"))
 	if err != nil {
@@ -69,14 +69,14 @@ func (n *node) hostLog(t *testing.T) string {
 }
 
 // status is what `tatami status` says.
-func (n *node) status(t *testing.T) string {
+func (n *node) status(t testing.TB) string {
 	t.Helper()
 	return n.run(t, "/opt/tatami/bin/tatami", "status", "--socket", filepath.Join(n.hostRoot(), "tatami-host.sock"))
 }
 
 // usage is how many bytes the files below a directory take on disk. Files may
 // vanish meanwhile.
-func (n *node) usage(t *testing.T, dir string) int64 {
+func (n *node) usage(t testing.TB, dir string) int64 {
 	t.Helper()
 	out := n.run(t, "sh", "-c", `du -s --block-size=1 "$0" 2>/dev/null || :`, dir)
 	var bytes int64
@@ -87,7 +87,7 @@ func (n *node) usage(t *testing.T, dir string) int64 {
 }
 
 // snapshotKeys lists the snapshots that containerd has with a snapshotter.
-func (n *node) snapshotKeys(t *testing.T, namespace, snapshotter string) (keys []string) {
+func (n *node) snapshotKeys(t testing.TB, namespace, snapshotter string) (keys []string) {
 	t.Helper()
 	out := n.ctr(t, "--namespace", namespace, "snapshot", "--snapshotter", snapshotter, "ls")
 	for line := range strings.Lines(out) {
@@ -99,7 +99,7 @@ func (n *node) snapshotKeys(t *testing.T, namespace, snapshotter string) (keys [
 }
 
 // hasContent says whether containerd itself has a blob.
-func (n *node) hasContent(t *testing.T, namespace string, b blob) bool {
+func (n *node) hasContent(t testing.TB, namespace string, b blob) bool {
 	t.Helper()
 	return strings.Contains(n.ctr(t, "--namespace", namespace, "content", "ls", "--quiet"), b.digest)
 }

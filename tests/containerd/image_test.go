@@ -35,7 +35,7 @@ const (
 )
 
 // tools is a layer with a static busybox, its common names, and users.
-func tools(t *testing.T) []registrytest.Entry {
+func tools(t testing.TB) []registrytest.Entry {
 	t.Helper()
 	path, err := exec.LookPath("busybox")
 	if err != nil {
@@ -65,7 +65,7 @@ func noise(seed uint64, n int) string {
 }
 
 // pushImage makes an image of layers, lowest first, and pushes it.
-func (r *registry) pushImage(t *testing.T, repo string, config ocispec.ImageConfig, layers ...registrytest.Layer) image {
+func (r *registry) pushImage(t testing.TB, repo string, config ocispec.ImageConfig, layers ...registrytest.Layer) image {
 	t.Helper()
 	layout, err := ocilayout.Create(t.TempDir())
 	if err != nil {
@@ -94,7 +94,7 @@ func (r *registry) pushImage(t *testing.T, repo string, config ocispec.ImageConf
 }
 
 // gzipped makes a layer of entries.
-func gzipped(t *testing.T, entries ...registrytest.Entry) registrytest.Layer {
+func gzipped(t testing.TB, entries ...registrytest.Entry) registrytest.Layer {
 	t.Helper()
 	tar, err := registrytest.Tar(entries...)
 	if err != nil {
@@ -108,7 +108,7 @@ func gzipped(t *testing.T, entries ...registrytest.Entry) registrytest.Layer {
 }
 
 // eStargz makes a layer of entries that can be read at any place.
-func eStargz(t *testing.T, entries ...registrytest.Entry) registrytest.Layer {
+func eStargz(t testing.TB, entries ...registrytest.Entry) registrytest.Layer {
 	t.Helper()
 	tar, err := registrytest.Tar(entries...)
 	if err != nil {
@@ -122,7 +122,7 @@ func eStargz(t *testing.T, entries ...registrytest.Entry) registrytest.Layer {
 }
 
 // pushPause pushes the image of sandboxes and returns its reference.
-func (r *registry) pushPause(t *testing.T) string {
+func (r *registry) pushPause(t testing.TB) string {
 	t.Helper()
 	sleep := ocispec.ImageConfig{Entrypoint: []string{"/bin/sleep", "1000000"}}
 	return r.pushImage(t, "pause", sleep, gzipped(t, tools(t)...)).ref
@@ -144,13 +144,13 @@ var appLayers = struct {
 
 // pushApp pushes an image of two layers, the upper one large and with a table of
 // contents: preparing it fetches next to nothing. Its user is a named one.
-func (r *registry) pushApp(t *testing.T, repo string, seed uint64) image {
+func (r *registry) pushApp(t testing.TB, repo string, seed uint64) image {
 	t.Helper()
 	config := ocispec.ImageConfig{Cmd: []string{"/bin/sleep", "1000000"}, Env: []string{"PATH=/bin"}, User: userName}
 	return r.pushImage(t, repo, config, layersOf(t, seed)...)
 }
 
-func layersOf(t *testing.T, seed uint64) []registrytest.Layer {
+func layersOf(t testing.TB, seed uint64) []registrytest.Layer {
 	t.Helper()
 	appLayers.Lock()
 	defer appLayers.Unlock()

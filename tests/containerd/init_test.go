@@ -98,7 +98,7 @@ func keep(cmd *exec.Cmd) error {
 
 // startInit starts process 1 of a node and returns its process id. The node ends
 // with the test, or with the test's process, whatever ends that.
-func startInit(t *testing.T, cgroup string) (pid int) {
+func startInit(t testing.TB, cgroup string) (pid int) {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), keeperEnv+"="+cgroup)

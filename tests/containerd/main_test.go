@@ -64,7 +64,7 @@ func buildOurs() error {
 }
 
 // need skips a test where it cannot run and says what is missing.
-func need(t *testing.T, programs ...string) {
+func need(t testing.TB, programs ...string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: runs containers")

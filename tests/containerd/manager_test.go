@@ -23,7 +23,7 @@ type manager struct {
 	store map[string]*os.File // by FDNAME; protected by mu
 }
 
-func startManager(t *testing.T, dir string) *manager {
+func startManager(t testing.TB, dir string) *manager {
 	t.Helper()
 	m := &manager{socket: filepath.Join(dir, "notify"), store: map[string]*os.File{}}
 	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: m.socket, Net: "unixgram"})

@@ -28,7 +28,7 @@ type node struct {
 }
 
 // newNode starts a node without any daemon.
-func newNode(t *testing.T, rel release) *node {
+func newNode(t testing.TB, rel release) *node {
 	t.Helper()
 	need(t)
 	if _, err := os.Stat(filepath.Join(rel.programs, "containerd")); err != nil {
@@ -42,7 +42,7 @@ func newNode(t *testing.T, rel release) *node {
 }
 
 // report shows the ends of the daemons' logs when the test has failed.
-func (n *node) report(t *testing.T) {
+func (n *node) report(t testing.TB) {
 	if !t.Failed() {
 		return
 	}
@@ -67,7 +67,7 @@ func (n *node) command(ctx context.Context, args ...string) *exec.Cmd {
 }
 
 // try runs a program in the node and returns what it wrote to standard output.
-func (n *node) try(t *testing.T, args ...string) (string, error) {
+func (n *node) try(t testing.TB, args ...string) (string, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
@@ -82,7 +82,7 @@ func (n *node) try(t *testing.T, args ...string) (string, error) {
 }
 
 // run is try for what must work.
-func (n *node) run(t *testing.T, args ...string) string {
+func (n *node) run(t testing.TB, args ...string) string {
 	t.Helper()
 	out, err := n.try(t, args...)
 	if err != nil {
@@ -100,7 +100,7 @@ type daemon struct {
 
 // start starts a daemon whose log is <dir>/<name>.log; it is appended to. The
 // files become its descriptors from 3 on, as sd_listen_fds(3) has it.
-func (n *node) start(t *testing.T, name string, env []string, files []*os.File, args ...string) *daemon {
+func (n *node) start(t testing.TB, name string, env []string, files []*os.File, args ...string) *daemon {
 	t.Helper()
 	log, err := os.OpenFile(filepath.Join(n.dir, name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -140,7 +140,7 @@ func (d *daemon) signal(sig syscall.Signal) error {
 }
 
 // end sends a signal and waits until the daemon is gone.
-func (d *daemon) end(t *testing.T, sig syscall.Signal) {
+func (d *daemon) end(t testing.TB, sig syscall.Signal) {
 	t.Helper()
 	if err := d.signal(sig); err != nil {
 		t.Fatalf("end %s: %v", d.name, err)
@@ -153,7 +153,7 @@ func (d *daemon) end(t *testing.T, sig syscall.Signal) {
 }
 
 // until waits for a condition; what is nil when it holds.
-func until(t *testing.T, what func() error) {
+func until(t testing.TB, what func() error) {
 	t.Helper()
 	var err error
 	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {

@@ -22,7 +22,7 @@ func TestOverlayfs(t *testing.T) {
 }
 
 // criLife pulls an image by crictl, runs it, reads it, and removes everything.
-func (n *node) criLife(t *testing.T, app image, handler string) {
+func (n *node) criLife(t testing.TB, app image, handler string) {
 	t.Helper()
 	n.crictl(t, "pull", app.ref)
 	pod := n.pod(t, "life", handler)
@@ -42,7 +42,7 @@ func (n *node) criLife(t *testing.T, app image, handler string) {
 }
 
 // ctrLife pulls an image by ctr, runs it, reads it, and removes everything.
-func (n *node) ctrLife(t *testing.T, app image, snapshotter string) {
+func (n *node) ctrLife(t testing.TB, app image, snapshotter string) {
 	t.Helper()
 	n.ctr(t, "image", "pull", "--plain-http", "--snapshotter", snapshotter, app.ref)
 	got := n.ctr(t, "run", "--rm", "--snapshotter", snapshotter, "--cgroup", "/"+n.cgroup+"/ctr",

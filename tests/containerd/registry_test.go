@@ -36,7 +36,7 @@ storage:
 http: {addr: %s}
 `
 
-func startRegistry(t *testing.T) *registry {
+func startRegistry(t testing.TB) *registry {
 	t.Helper()
 	need(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -104,7 +104,7 @@ func (r *registry) sent(repo string, b blob) int64 {
 }
 
 // push adds an image and returns its reference.
-func (r *registry) push(t *testing.T, repo, tag string, layout ocilayout.Dir) string {
+func (r *registry) push(t testing.TB, repo, tag string, layout ocilayout.Dir) string {
 	t.Helper()
 	if err := layout.Push(t.Context(), r.behind+"/"+repo, tag); err != nil {
 		t.Fatal(err)

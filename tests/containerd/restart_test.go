@@ -84,7 +84,7 @@ func (r *rig) upgrade(t *testing.T) {
 }
 
 // workers lists the children of tatami-host's supervisor.
-func (r *rig) workers(t *testing.T) []string {
+func (r *rig) workers(t testing.TB) []string {
 	t.Helper()
 	supervisor, err := r.host.process()
 	if err != nil {
@@ -95,7 +95,7 @@ func (r *rig) workers(t *testing.T) []string {
 }
 
 // workerAfter waits until tatami-host has another worker, and only that.
-func (r *rig) workerAfter(t *testing.T, before []string) {
+func (r *rig) workerAfter(t testing.TB, before []string) {
 	t.Helper()
 	until(t, func() error {
 		now := r.workers(t)
@@ -107,7 +107,7 @@ func (r *rig) workerAfter(t *testing.T, before []string) {
 }
 
 // readsPart has a container read one part of the large file.
-func (n *node) readsPart(t *testing.T, id string, i int) {
+func (n *node) readsPart(t testing.TB, id string, i int) {
 	t.Helper()
 	got := n.exec(t, id, "sh", "-c", fmt.Sprintf("dd if=/data/large bs=%d skip=%d count=1 2>/dev/null | sha256sum", part, i))
 	want := fmt.Sprintf("%x  -", sha256.Sum256([]byte(noise(1, largeSize))[i*part:(i+1)*part]))
@@ -117,7 +117,7 @@ func (n *node) readsPart(t *testing.T, id string, i int) {
 }
 
 // readsOn waits until the container has read more than at the call.
-func (n *node) readsOn(t *testing.T, id string) {
+func (n *node) readsOn(t testing.TB, id string) {
 	t.Helper()
 	before := n.progress(t, id)
 	until(t, func() error {
@@ -129,7 +129,7 @@ func (n *node) readsOn(t *testing.T, id string) {
 }
 
 // progress is how many blocks the container has read.
-func (n *node) progress(t *testing.T, id string) int {
+func (n *node) progress(t testing.TB, id string) int {
 	t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		said := strings.TrimSpace(n.exec(t, id, "cat", "/progress"))

@@ -23,7 +23,7 @@ type rig struct {
 	containerd, host *daemon
 }
 
-func newRig(t *testing.T, w way) *rig {
+func newRig(t testing.TB, w way) *rig {
 	t.Helper()
 	need(t, "mount.fuse")
 	r := &rig{node: newNode(t, releases[w.rel]), reg: startRegistry(t)}
@@ -72,7 +72,7 @@ func (r *rig) testCrictl(t *testing.T) {
 
 // checkLazy looks at what was fetched of the upper layer: a little of it, and not
 // by containerd.
-func (n *node) checkLazy(t *testing.T, reg *registry, app image) {
+func (n *node) checkLazy(t testing.TB, reg *registry, app image) {
 	t.Helper()
 	top := app.layers[len(app.layers)-1]
 	if sent := reg.sent(app.repo, top); sent == 0 || sent > top.size/2 {
@@ -122,7 +122,7 @@ func (r *rig) testUser(t *testing.T) {
 
 // onlyPause is an error when a snapshotter has more under CRI than the one layer
 // of the sandbox's image.
-func (n *node) onlyPause(t *testing.T, snapshotter string) error {
+func (n *node) onlyPause(t testing.TB, snapshotter string) error {
 	t.Helper()
 	if keys := n.snapshotKeys(t, "k8s.io", snapshotter); len(keys) != 1 {
 		return fmt.Errorf("%s has snapshots %s, want one", snapshotter, strings.Join(keys, " "))

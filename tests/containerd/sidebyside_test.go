@@ -40,7 +40,7 @@ func TestDiscardedLayers(t *testing.T) {
 }
 
 // collected is an error as long as containerd has the image's upper layer.
-func (n *node) collected(t *testing.T, app image) error {
+func (n *node) collected(t testing.TB, app image) error {
 	t.Helper()
 	if n.hasContent(t, "k8s.io", app.layers[1]) {
 		return errors.New("the layer is still in the content store")
@@ -103,7 +103,7 @@ func TestSideBySide(t *testing.T) {
 }
 
 // runs creates a container that must read its image.
-func (n *node) runs(t *testing.T, pod, name string, app image) {
+func (n *node) runs(t testing.TB, pod, name string, app image) {
 	t.Helper()
 	id := n.create(t, pod, container{name: name, image: app.ref})
 	if got := n.exec(t, id, "cat", "/data/greeting"); got != greeting {
