@@ -298,3 +298,18 @@ func FuzzConfig(f *testing.F) {
 		}
 	})
 }
+
+// The file for users is taken, and finds containerd and Kata by the defaults.
+func TestDeployed(t *testing.T) {
+	text, err := os.ReadFile("../../tools/deploy/host.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := Decode(text)
+	if err == nil {
+		err = c.check()
+	}
+	if d := Default(); err != nil || c.Root != d.Root || c.State != d.State || !c.Kata.Discover || c.Kata.ContainerdState != d.Kata.ContainerdState {
+		t.Errorf("%+v, %v", c, err)
+	}
+}
