@@ -217,6 +217,29 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// What could not be unmounted is still a holder's, so that it is released again.
+func TestReleaseFails(t *testing.T) {
+	g := newRig(t)
+	whole, _ := g.image(t, "app")
+	dir, err := g.Mount(t.Context(), "a.1", whole)
+	check(t, err)
+	// In the way of the mount's record.
+	obstacle := filepath.Join(g.dir, "mounts", filepath.Base(dir)+".json.tmp")
+	check(t, os.Mkdir(obstacle, 0o700))
+	if err := g.Release(t.Context(), "a.1"); err == nil {
+		t.Error("released")
+	}
+	if all, err := g.Holders(t.Context()); err != nil || !slices.Equal(all, []string{"a.1"}) {
+		t.Errorf("holders %v %v", all, err)
+	}
+	check(t, os.Remove(obstacle))
+	check(t, g.Release(t.Context(), "a.1"))
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("still mounted: %v", err)
+	}
+	check(t, g.Remove(t.Context(), whole.Manifest))
+}
+
 // When the session is gone but not the records, as after a supervisor that was
 // killed, holders have what they had once they ask.
 func TestSessionLost(t *testing.T) {
