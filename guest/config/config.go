@@ -75,7 +75,7 @@ type Net struct {
 func Default() Config {
 	return Config{
 		Version:      Version,
-		Listen:       []string{"vsock:2100"},
+		Listen:       []string{"unix:/run/tatami/guest.sock"}, // nothing of the node's: it could mount over anything
 		StreamListen: "vsock:2101",
 		CDHSocket:    "/run/confidential-containers/cdh.sock",
 		HostAddress:  "vsock:2:2110",

@@ -24,7 +24,7 @@ func (c *Config) validate() error {
 
 func (c *Config) checkAddresses() error {
 	if len(c.Listen) == 0 {
-		return fmt.Errorf("listen is empty: name at least one address, such as \"vsock:2100\"")
+		return fmt.Errorf("listen is empty: name at least one address, such as \"unix:/run/tatami/guest.sock\"")
 	}
 	named := map[string][]string{
 		"listen":        c.Listen,

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
 
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
@@ -27,7 +29,28 @@ func dial(ctx context.Context, addr string) (*ttrpc.Client, error) {
 // question for each container.
 type hostClient struct{ addr string }
 
+// How long a node that refuses connections is asked again, as one does while it
+// is upgraded or has not found this machine yet, and the pause in between.
+const (
+	hostPatience = 5 * time.Second
+	hostPause    = 50 * time.Millisecond
+)
+
 func (h hostClient) Describe(ctx context.Context, req *api.DescribeRequest) (*api.DescribeResponse, error) {
+	for start := time.Now(); ; {
+		resp, err := h.describe(ctx, req)
+		if !refused(err) || time.Since(start) > hostPatience {
+			return resp, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(hostPause):
+		}
+	}
+}
+
+func (h hostClient) describe(ctx context.Context, req *api.DescribeRequest) (*api.DescribeResponse, error) {
 	cl, err := dial(ctx, h.addr)
 	if err != nil {
 		return nil, err
@@ -35,6 +58,13 @@ func (h hostClient) Describe(ctx context.Context, req *api.DescribeRequest) (*ap
 	defer cl.Close()
 	resp, err := api.NewHostClient(cl).Describe(ctx, req)
 	return resp, lost(wireerr.FromStatus(err))
+}
+
+// refused says whether nobody took a connection, or it was closed without an
+// answer. Where nobody listens, AF_VSOCK and hybrid VMMs reset a connection.
+func refused(err error) bool {
+	return slices.ContainsFunc([]error{errLost, unix.ECONNREFUSED, unix.ECONNRESET, unix.ENOENT},
+		func(e error) bool { return errors.Is(err, e) })
 }
 
 // workerClient mounts through the worker, also through one that dies while it

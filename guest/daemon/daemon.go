@@ -19,11 +19,13 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/guest/config"
 	"github.com/tatami-containers/tatami/guest/vminit"
+	"github.com/tatami-containers/tatami/protocols/vsock"
 )
 
 // Roles, as the last argument.
@@ -86,9 +88,18 @@ func runInit(stderr io.Writer) error {
 		Hostname: cfg.Hostname,
 		Net:      vminit.Net(cfg.Net),
 		// There is no kata-agent here; what an agent does, Runner does.
-		Command: []string{self, "--runner", "true", "--cdh-socket", ""},
+		Command: append([]string{self, "--runner", "true", "--cdh-socket", ""}, initListen(cfg)...),
 		Log:     logger(cfg, stderr, "init"),
 	})
+}
+
+// initListen makes tatami-guest listen to the node, which has nothing else to
+// talk to, unless the configuration says where.
+func initListen(cfg *config.Config) []string {
+	if !slices.Equal(cfg.Listen, config.Default().Listen) {
+		return nil
+	}
+	return []string{"--listen", vsock.Address{Network: vsock.VSock, Port: vsock.GuestPort}.String()}
 }
 
 // cmdline is empty where /proc is not mounted.

@@ -6,13 +6,11 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"sync"
 	"time"
 
 	"github.com/containerd/ttrpc"
-	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/guest/config"
 	"github.com/tatami-containers/tatami/guest/runner"
@@ -69,27 +67,10 @@ func runSupervisor(ctx context.Context, cfg *config.Config, args []string, log *
 	})
 	err = session.Supervise(working, session.SuperviseConfig{
 		Session: fuse, Command: append(append([]string{self}, args...), roleWorker),
-		ExtraFiles: s.sockets.files, Restart: restarts(working), Cleanup: s.cleanUp, Log: log,
+		ExtraFiles: s.sockets.files, Restart: session.Hangups(working), Cleanup: s.cleanUp, Log: log,
 	})
 	log.Info("ended", "error", err)
 	return err
-}
-
-// restarts asks for a new worker, of the program as it is now, at each SIGHUP:
-// that is an upgrade without a failed read.
-func restarts(ctx context.Context) <-chan struct{} {
-	hangups, restart := make(chan os.Signal, 1), make(chan struct{})
-	signal.Notify(hangups, unix.SIGHUP)
-	context.AfterFunc(ctx, func() { signal.Stop(hangups); close(hangups) })
-	go func() { // ends with ctx
-		for range hangups {
-			select {
-			case restart <- struct{}{}:
-			case <-ctx.Done():
-			}
-		}
-	}()
-	return restart
 }
 
 // cleanUpEarlier removes what an earlier supervisor left.

@@ -56,6 +56,8 @@ type Config struct {
 	Registry Registry `toml:"registry"`
 	Relay    Relay    `toml:"relay"`
 	Kata     Kata     `toml:"kata"`
+	// Check ends the program when the settings are read; a flag only.
+	Check bool `toml:"-"`
 	// Snapshotters are what containerd finds here; none for a program that only
 	// serves sandboxes which are attached to it.
 	Snapshotters []Snapshotter `toml:"snapshotter"`

@@ -231,6 +231,7 @@ func fields(t reflect.Type) int {
 	n := 0
 	for i := range t.NumField() {
 		switch f := t.Field(i).Type; {
+		case t.Field(i).Tag.Get("toml") == "-":
 		case f.Kind() == reflect.Struct:
 			n += fields(f)
 		case f.Kind() == reflect.Slice && f.Elem().Kind() == reflect.Struct:

@@ -70,6 +70,10 @@ func (f *flags) set(usage io.Writer) *flag.FlagSet {
 		f.over = append(f.over, func(c *Config) { c.Kata.Discover = b })
 		return err
 	})
+	s.BoolFunc("check", "read the settings, say what is wrong with them, and end", func(string) error {
+		f.over = append(f.over, func(c *Config) { c.Check = true })
+		return nil
+	})
 	s.BoolFunc("idle-exit", "end when the last control connection has closed", func(v string) error {
 		b, err := strconv.ParseBool(v)
 		f.over = append(f.over, func(c *Config) { c.IdleExit = b })

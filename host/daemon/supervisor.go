@@ -7,8 +7,10 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/signal"
+	"os/exec"
 	"path/filepath"
+	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -33,13 +35,19 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 		return errors.Join(err, fuse.Close())
 	}
 	defer sockets.close()
+	// Its path, not /proc/self/exe: after an upgrade another program is there.
+	self, err := os.Executable()
+	if err != nil {
+		return errors.Join(err, fuse.Close())
+	}
 	keep := ""
 	if store(fuse, log) {
 		keep = sessionFile(cfg)
 	}
+	command := append([]string{self}, args...)
 	return session.Supervise(ctx, session.SuperviseConfig{
-		Session: fuse, Command: append([]string{"/proc/self/exe"}, args...), ExtraFiles: sockets.files,
-		Restart: hangups(ctx), Keep: keep, Log: log,
+		Session: fuse, Command: command, ExtraFiles: sockets.files,
+		Restart: reloads(ctx, command, log), Keep: keep, Log: log,
 		Cleanup: func(context.Context) error { return mount.Clean(cfg.State, log) },
 	})
 }
@@ -97,10 +105,16 @@ func (s *sockets) add(path string) error {
 		return fmt.Errorf("%s cannot be passed on: %w", path, errors.ErrUnsupported)
 	}
 	f, err := filer.File()
-	if err == nil {
-		s.files = append(s.files, f)
+	if err != nil {
+		return err
 	}
-	return err
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	s.files = append(s.files, os.NewFile(uintptr(fd), path)) // a worker knows it by its path
+	return nil
 }
 
 func (s *sockets) close() {
@@ -112,17 +126,23 @@ func (s *sockets) close() {
 	}
 }
 
-// hangups asks for a new worker at each SIGHUP.
-func hangups(ctx context.Context) <-chan struct{} {
-	signals, restart := make(chan os.Signal, 1), make(chan struct{})
-	signal.Notify(signals, unix.SIGHUP)
+// checkTimeout bounds the reading of settings before a reload.
+const checkTimeout = 10 * time.Second
+
+// reloads asks for a new worker at each SIGHUP, if the program, as it is now,
+// can read its settings: a worker that cannot would serve nobody.
+func reloads(ctx context.Context, command []string, log *slog.Logger) <-chan struct{} {
+	hangups, restart := session.Hangups(ctx), make(chan struct{})
 	go func() { // ends with ctx
-		defer signal.Stop(signals)
 		for {
 			select {
-			case <-signals:
+			case <-hangups:
 			case <-ctx.Done():
 				return
+			}
+			if err := check(ctx, command); err != nil {
+				log.Error("not reloaded; the worker goes on with the settings that it has", "error", err)
+				continue
 			}
 			select {
 			case restart <- struct{}{}:
@@ -132,4 +152,14 @@ func hangups(ctx context.Context) <-chan struct{} {
 		}
 	}()
 	return restart
+}
+
+func check(ctx context.Context, command []string) error {
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	args := slices.Concat(command[1:], []string{"--check"})
+	if out, err := exec.CommandContext(ctx, command[0], args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("%s --check: %w: %.1000s", command[0], err, out)
+	}
+	return nil
 }

@@ -30,21 +30,22 @@ func runWorker(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	listeners, err := inheritedListeners(link.Extra())
-	if err == nil && len(listeners) != len(cfg.Snapshotters)+1 {
-		// The supervisor read the file before it was changed.
-		err = fmt.Errorf("%d sockets for %d snapshotters: the configuration has other snapshotters than when tatami-host was started; restart it", len(listeners)-1, len(cfg.Snapshotters))
+	sockets, err := inheritedSockets(link.Extra())
+	if err == nil && sockets[cfg.Socket] == nil {
+		err = fmt.Errorf("the control socket was %s when tatami-host was started, the settings say %s now: restart it", link.Extra()[0].Name(), cfg.Socket)
 	}
 	if err != nil {
 		return errors.Join(err, link.Close())
 	}
-	beside := service.Beside{Control: listeners[0], Ready: ready, Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
-		return openLocal(ctx, cfg, n, link, listeners[1:], log)
+	beside := service.Beside{Control: sockets[cfg.Socket], Ready: ready, Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
+		return openLocal(ctx, cfg, n, link, sockets, log)
 	}}
 	return errors.Join(service.Run(ctx, cfg, beside, log), link.Close())
 }
 
-func inheritedListeners(files []*os.File) (all []net.Listener, err error) {
+// inheritedSockets are the supervisor's, by path.
+func inheritedSockets(files []*os.File) (map[string]net.Listener, error) {
+	all := map[string]net.Listener{}
 	for _, f := range files {
 		l, err := net.FileListener(f)
 		_ = f.Close() // the listener has its own
@@ -54,7 +55,7 @@ func inheritedListeners(files []*os.File) (all []net.Listener, err error) {
 		if u, ok := l.(*net.UnixListener); ok {
 			u.SetUnlinkOnClose(false) // it is the supervisor's
 		}
-		all = append(all, l)
+		all[f.Name()] = l
 	}
 	return all, nil
 }
@@ -62,18 +63,18 @@ func inheritedListeners(files []*os.File) (all []net.Listener, err error) {
 // local is what uses images on the node itself: containerd's snapshotters, and
 // the mounts that they need.
 type local struct {
-	cfg       config.Config
-	log       *slog.Logger
-	mounter   *mount.Mounter
-	listeners []net.Listener // as cfg.Snapshotters
-	all       []*snapshotter.Snapshotter
+	cfg     config.Config
+	log     *slog.Logger
+	mounter *mount.Mounter
+	sockets map[string]net.Listener    // by path
+	all     []*snapshotter.Snapshotter // as cfg.Snapshotters
 
 	endReads func()     // ends the answering of reads
 	reads    chan error // how that ended
 }
 
-func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *session.Link, listeners []net.Listener, log *slog.Logger) (_ *local, err error) {
-	l := &local{cfg: cfg, log: log, listeners: listeners, reads: make(chan error, 1)}
+func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *session.Link, sockets map[string]net.Listener, log *slog.Logger) (_ *local, err error) {
+	l := &local{cfg: cfg, log: log, sockets: sockets, reads: make(chan error, 1)}
 	if l.mounter, err = mount.New(mount.Config{StateDir: cfg.State, Link: link, Log: log}); err != nil {
 		return nil, err
 	}
@@ -128,7 +129,12 @@ func modes(names []string) (out []snapshotter.Mode) {
 func (l *local) Serve(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for i, s := range l.all {
-		g.Go(func() error { return l.serve(ctx, s, l.listeners[i]) })
+		socket := l.cfg.Snapshotters[i].Socket
+		if l.sockets[socket] == nil { // the settings were changed
+			l.log.Error("a snapshotter is new since tatami-host was started; restart it", "snapshotter", l.cfg.Snapshotters[i].Name, "socket", socket)
+			continue
+		}
+		g.Go(func() error { return l.serve(ctx, s, l.sockets[socket]) })
 	}
 	g.Go(func() error {
 		select {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -23,14 +24,14 @@ const (
 	headerBytes  = 16 << 10
 )
 
-// ask gets the agent's url from the shim behind socket. A shim that does not
-// answer (yet) is ErrUnavailable; the Go shim's 500 counts as that, too
+// ask gets the agent's url from the shim behind socket, which ErrPermissionDenied
+// says it is not. A shim that does not answer (yet) is ErrUnavailable; the Go shim's 500 counts as that, too
 // (containerd-shim-v2/shim_management.go, agentURL).
 func ask(ctx context.Context, socket string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	transport := &http.Transport{
-		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, socket) },
+		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dialShim(ctx, socket) },
 		DisableKeepAlives:      true,
 		DisableCompression:     true,
 		MaxResponseHeaderBytes: headerBytes,
@@ -41,6 +42,9 @@ func ask(ctx context.Context, socket string) (string, error) {
 		return "", err
 	}
 	resp, err := transport.RoundTrip(req) // follows no redirect
+	if errdefs.IsPermissionDenied(err) {
+		return "", fmt.Errorf("ask the shim: %w", err)
+	}
 	if err != nil {
 		return "", fmt.Errorf("ask the shim: %w: %w", errdefs.ErrUnavailable, err)
 	}
@@ -53,6 +57,40 @@ func ask(ctx context.Context, socket string) (string, error) {
 		return "", fmt.Errorf("ask the shim: %w: %w", errdefs.ErrUnavailable, err)
 	}
 	return string(body), nil
+}
+
+// dialShim connects to a socket that this user's, or root's, process listens on.
+// A VMM under another user may have the directory, but it is no shim: it could
+// say that it is another machine.
+func dialShim(ctx context.Context, socket string) (net.Conn, error) {
+	c, err := dial(ctx, socket)
+	if err != nil {
+		return nil, err
+	}
+	uid, err := listenerUID(c)
+	if err == nil && uid != 0 && uid != uint32(os.Geteuid()) {
+		err = fmt.Errorf("user %d listens on its socket: %w", uid, errdefs.ErrPermissionDenied)
+	}
+	if err != nil {
+		_ = c.Close() // nothing was said
+		return nil, err
+	}
+	return c, nil
+}
+
+// listenerUID is who called listen(2) (SO_PEERCRED, unix(7)).
+func listenerUID(c net.Conn) (uid uint32, err error) {
+	raw, err := c.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	cerr := raw.Control(func(fd uintptr) {
+		var cred *unix.Ucred
+		if cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			uid = cred.Uid
+		}
+	})
+	return uid, errors.Join(cerr, err)
 }
 
 func dial(ctx context.Context, socket string) (net.Conn, error) {

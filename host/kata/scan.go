@@ -7,8 +7,10 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -46,6 +48,7 @@ type entry struct {
 	place
 	state    state
 	stamp    stamp // of the socket; zero when there is none
+	busy     bool  // a question is under way, perhaps about a socket of before
 	due      time.Time
 	pause    time.Duration // before the next question
 	identity Identity      // known and probing
@@ -61,6 +64,12 @@ type result struct {
 	err   error
 }
 
+// waiter is a caller of Rescan.
+type waiter struct {
+	done chan struct{}
+	left map[*entry]bool // shims that have not answered since
+}
+
 // scanner is a Watcher at work. It belongs to one goroutine, except asks.
 type scanner struct {
 	cfg      Config
@@ -69,17 +78,16 @@ type scanner struct {
 	notifier *notifier       // nil where there is none
 	hints    <-chan struct{} // of notifier
 	results  chan result
-	slots    chan struct{}  // one element for each shim being asked
 	asks     sync.WaitGroup // goroutines that ask
 
 	places   map[place]*entry
 	ids      map[string]*entry   // known ones
 	owners   map[Identity]*entry // known ones
-	inFlight int
+	inFlight int                 // questions
 	scanAt   time.Time
-	waiting  []chan struct{} // callers of Rescan
-	full     bool            // said that there are too many
-	blind    bool            // said that directories cannot be watched
+	waiting  []waiter
+	full     bool // said that there are too many
+	blind    bool // said that directories cannot be watched
 }
 
 // run scans, asks and tells until ctx ends.
@@ -95,9 +103,9 @@ func (s *scanner) run(ctx context.Context, requests <-chan chan struct{}) {
 				s.scanAt = soon
 			}
 		case done := <-requests:
-			s.waiting = append(s.waiting, done)
 			s.hurry()
 			s.scan()
+			s.wait(done)
 		case r := <-s.results:
 			s.settle(ctx, r)
 		case <-timer.C:
@@ -125,15 +133,14 @@ func (s *scanner) scan() {
 	}
 }
 
-// watch watches the run directories, or what they will appear in, and what is
-// in them.
+// watch watches the run directories, or what they will appear in, and for the
+// sockets in them. What else a VMM makes in its directory costs no look.
 func (s *scanner) watch() {
 	if s.notifier == nil {
 		return
 	}
 	want := map[string]map[string]bool{}
-	for _, path := range s.cfg.RunDirs {
-		dir, name := nearest(path)
+	add := func(dir, name string) {
 		names, ok := want[dir]
 		switch {
 		case name == "":
@@ -144,8 +151,11 @@ func (s *scanner) watch() {
 			names[name] = true
 		}
 	}
+	for _, path := range s.cfg.RunDirs {
+		add(nearest(path))
+	}
 	for p := range s.places {
-		want[p.path()] = nil
+		add(p.path(), monitor)
 	}
 	if err := s.notifier.set(want); err != nil {
 		s.unwatched(err)
@@ -228,47 +238,65 @@ func (s *scanner) hurry() {
 	}
 }
 
-// start asks and probes what is due.
+// wait notes a caller of Rescan. Shims that do not answer keep a caller waiting
+// as long as one question takes, however often they are asked again.
+func (s *scanner) wait(done chan struct{}) {
+	w := waiter{done: done, left: map[*entry]bool{}}
+	for _, e := range s.places {
+		if (e.state == waiting || e.state == asking) && e.stamp != (stamp{}) {
+			w.left[e] = true
+		}
+	}
+	s.waiting = append(s.waiting, w)
+}
+
+// start asks and probes what is due, maxAsks at a time.
 func (s *scanner) start(ctx context.Context) {
 	for _, e := range s.places {
-		if !s.ready(e) {
-			continue
+		if s.inFlight >= maxAsks {
+			return
 		}
-		r, socket, probe := result{e: e, stamp: e.stamp}, e.socket(), e.state == known
-		e.state = asking
-		if probe {
-			e.state = probing
+		if s.ready(e) && !time.Now().Before(e.due) {
+			s.question(ctx, e)
 		}
-		s.inFlight++
-		s.asks.Go(func() {
-			select {
-			case s.slots <- struct{}{}:
-				defer func() { <-s.slots }()
-			case <-ctx.Done():
-				return
-			}
-			if probe {
-				r.gone = gone(ctx, socket)
-			} else {
-				r.url, r.err = ask(ctx, socket)
-			}
-			select {
-			case s.results <- r:
-			case <-ctx.Done():
-			}
-		})
 	}
 }
 
+func (s *scanner) question(ctx context.Context, e *entry) {
+	r, socket, probe := result{e: e, stamp: e.stamp}, e.socket(), e.state == known
+	e.state, e.busy = asking, true
+	if probe {
+		e.state = probing
+	}
+	s.inFlight++
+	s.asks.Go(func() {
+		if probe {
+			r.gone = gone(ctx, socket)
+		} else {
+			r.url, r.err = ask(ctx, socket)
+		}
+		select {
+		case s.results <- r:
+		case <-ctx.Done():
+		}
+	})
+}
+
+// ready says whether an entry can be asked when it is due. There is one question
+// at a time for each: whoever replaces a socket over and over takes no more.
 func (s *scanner) ready(e *entry) bool {
-	return (e.state == waiting || e.state == known) && e.stamp != (stamp{}) && !time.Now().Before(e.due)
+	return (e.state == waiting || e.state == known) && e.stamp != (stamp{}) && !e.busy
 }
 
 // settle takes the result of a question. One about a socket that another has
 // replaced meanwhile counts for nothing.
 func (s *scanner) settle(ctx context.Context, r result) {
-	s.inFlight--
 	e := r.e
+	s.inFlight--
+	e.busy = false
+	for _, w := range s.waiting {
+		delete(w.left, e)
+	}
 	s.look(e)
 	if s.places[e.place] != e || e.stamp != r.stamp || e.state != asking && e.state != probing {
 		return
@@ -335,22 +363,26 @@ func (s *scanner) accept(ctx context.Context, e *entry, url string) error {
 	return nil
 }
 
-// release answers callers of Rescan when nothing is under way.
+// release answers callers of Rescan for whom all shims have answered, or are
+// gone.
 func (s *scanner) release() {
-	if s.inFlight > 0 {
-		return
-	}
-	for _, done := range s.waiting {
-		close(done)
-	}
-	s.waiting = nil
+	s.waiting = slices.DeleteFunc(s.waiting, func(w waiter) bool {
+		maps.DeleteFunc(w.left, func(e *entry, _ bool) bool { return s.places[e.place] != e || e.stamp == (stamp{}) })
+		if len(w.left) == 0 {
+			close(w.done)
+		}
+		return len(w.left) == 0
+	})
 }
 
 // next is when there is something to do.
 func (s *scanner) next() time.Time {
 	at := s.scanAt
+	if s.inFlight >= maxAsks {
+		return at // or an answer comes
+	}
 	for _, e := range s.places {
-		if (e.state == waiting || e.state == known) && e.stamp != (stamp{}) && e.due.Before(at) {
+		if s.ready(e) && e.due.Before(at) {
 			at = e.due
 		}
 	}

@@ -66,7 +66,7 @@ func NewWatcher(cfg Config) *Watcher {
 }
 
 // Rescan looks for sandboxes now and returns when every shim that is there was
-// asked and the handler told. It waits for Run to be called.
+// asked, whether it has answered or not, and the handler told. It waits for Run to be called.
 func (w *Watcher) Rescan(ctx context.Context) error {
 	done := make(chan struct{})
 	select {
@@ -86,7 +86,7 @@ func (w *Watcher) Rescan(ctx context.Context) error {
 // remove those that are there then. It is called once.
 func (w *Watcher) Run(ctx context.Context, h Handler) {
 	s := &scanner{
-		cfg: w.cfg, log: w.cfg.Log, h: h, results: make(chan result), slots: make(chan struct{}, maxAsks),
+		cfg: w.cfg, log: w.cfg.Log, h: h, results: make(chan result),
 		places: map[place]*entry{}, ids: map[string]*entry{}, owners: map[Identity]*entry{},
 	}
 	n, err := w.notify()

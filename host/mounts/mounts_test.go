@@ -1,12 +1,14 @@
 package mounts
 
 import (
+	"archive/tar"
 	"context"
 	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -166,6 +168,48 @@ func TestFile(t *testing.T) {
 		if out, err := exec.Command("cat", path).CombinedOutput(); err == nil {
 			t.Errorf("the file is still read: %d bytes", len(out))
 		}
+	}
+}
+
+// What a snapshot needs of a tree is read beneath its root, whatever links the
+// image has.
+func TestLook(t *testing.T) {
+	g := newRig(t)
+	push := func(name string, entries ...registrytest.Entry) snapshotter.Chain {
+		l := registrytest.Must(registrytest.Gzip(registrytest.Must(registrytest.Tar(entries...))))
+		c := snapshotter.Chain{Reference: g.reg.Host() + "/" + name + ":v1", Layers: 1, Of: 1}
+		c.Manifest = g.reg.PushImage(name, "v1", registrytest.Image{Layers: []registrytest.Layer{l}}).Desc.Digest
+		_, err := g.Prepare(t.Context(), c.Reference, c.Manifest)
+		check(t, err)
+		return c
+	}
+	for name, c := range map[string]struct {
+		entries []registrytest.Entry
+		want    map[string]string
+	}{
+		"files": {[]registrytest.Entry{registrytest.File("etc/passwd", 0o644, "p"), registrytest.File("etc/group", 0o644, "g")}, map[string]string{"etc/passwd": "p", "etc/group": "g"}},
+		"links": {[]registrytest.Entry{registrytest.File("usr/p", 0o644, "p"), registrytest.Symlink("etc/passwd", "/usr/p"), registrytest.Symlink("etc/group", "../../../../../../etc/group")}, map[string]string{"etc/passwd": "p"}},
+		"none":  {[]registrytest.Entry{registrytest.File("etc", 0o644, "")}, nil},
+		"odd":   {[]registrytest.Entry{registrytest.Dir("etc/passwd", 0o755), registrytest.Entry{Header: tar.Header{Typeflag: tar.TypeFifo, Name: "etc/group", Mode: 0o644}}}, nil},
+		"large": {[]registrytest.Entry{registrytest.File("etc/passwd", 0o644, strings.Repeat("x", maxLook+1)), registrytest.File("etc/group", 0o644, "g")}, map[string]string{"etc/group": "g"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir, err := g.Mount(t.Context(), "a."+name, push(name, c.entries...))
+			check(t, err)
+			tree, err := g.Look(t.Context(), dir, "etc/passwd", "etc/group")
+			check(t, err)
+			if tree.Mode != os.ModeDir|0o755 || tree.UID != 0 || len(tree.Files) != len(c.want) {
+				t.Errorf("%+v, want %v", tree, c.want)
+			}
+			for file, content := range c.want {
+				if string(tree.Files[file]) != content {
+					t.Errorf("%s is %q", file, tree.Files[file])
+				}
+			}
+		})
+	}
+	if _, err := g.Look(t.Context(), filepath.Join(g.dir, "nothing")); !errdefs.IsUnavailable(err) {
+		t.Errorf("no tree: %v", err)
 	}
 }
 

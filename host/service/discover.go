@@ -38,15 +38,19 @@ func (s *Service) discover(d Discovery) {
 	s.ports.find = s.findCID
 }
 
-// Discover attaches sandboxes as they come and detaches them as they go, until
-// ctx ends. Those that are there then stay attached.
-// Precondition: Config.Discovery is there.
-func (s *Service) Discover(ctx context.Context) {
+// keepPorts opens the ports that all machines of AF_VSOCK share.
+func (s *Service) keepPorts() {
 	for _, port := range []uint32{s.cfg.Discovery.HostPort, s.cfg.Discovery.RelayPort} {
 		if err := s.ports.keep(kata.Identity{}.Address(port)); err != nil {
 			s.log.Warn("guests behind AF_VSOCK are served only after their sandbox was found", "error", err)
 		}
 	}
+}
+
+// Discover attaches sandboxes as they come and detaches them as they go, until
+// ctx ends. Those that are there then stay attached.
+// Precondition: Config.Discovery is there.
+func (s *Service) Discover(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.watcher.Run(ctx, finder{s}) })
 	wg.Go(func() { s.sweepUntil(ctx) })
@@ -60,11 +64,12 @@ func (s *Service) findCID(cid uint32) bool {
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, findWithin)
 	defer cancel()
-	if err := s.watcher.Rescan(ctx); err != nil {
-		return false
-	}
+	err := s.watcher.Rescan(ctx)
 	if s.serves(cid) {
-		return true
+		return true // however many shims do not answer
+	}
+	if err != nil {
+		return false
 	}
 	s.misses.add(cid)
 	s.log.Debug("a connection is from no known sandbox", "cid", cid)
@@ -186,8 +191,10 @@ func (m *misses) add(cid uint32) {
 	m.at[cid] = time.Now()
 }
 
-// runDiscovery runs Discover until the result is called.
+// runDiscovery runs Discover until the result is called. When it returns, guests
+// can connect.
 func (s *Service) runDiscovery(ctx context.Context) (stop func()) {
+	s.keepPorts()
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	go func() {

@@ -377,6 +377,27 @@ func TestDescribePinned(t *testing.T) {
 	}
 }
 
+// A container that no snapshot is known of gets what its tag means when it
+// starts, not what it meant to the container before.
+func TestDescribeTagMoved(t *testing.T) {
+	h := newHost(t, nil)
+	v, _ := h.vmm(t, "one")
+	var last digest.Digest
+	for i := range 2 {
+		last = h.push("app:v1", map[string]string{"a": fmt.Sprint(i)}).Desc.Digest
+		id := fmt.Sprintf("c%d", i)
+		h.bundle(t, id, "one", h.ref("app:v1"))
+		if d, err := v.describe(t, id); err != nil || d.ManifestDigest != last.String() {
+			t.Errorf("%s: %v, %v, want %s", id, d, err, last)
+		}
+	}
+	h.reg.Close()
+	h.bundle(t, "c2", "one", h.ref("app:v1"))
+	if d, err := v.describe(t, "c2"); err != nil || d.ManifestDigest != last.String() {
+		t.Errorf("without the registry: %v, %v", d, err)
+	}
+}
+
 // Everybody who asks for a container while its image is prepared shares that,
 // and who goes away disturbs nobody.
 func TestDescribeShared(t *testing.T) {

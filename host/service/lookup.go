@@ -163,11 +163,16 @@ func (b *sandbox) addFound(found kata.Container, ref string, manifest digest.Dig
 	return b.adopt(c, lease)
 }
 
-// leasePinned takes a lease on a manifest, or on what ref means when none is
+// leasePinned takes a lease on a manifest, or on what ref means now when none is
 // given. The image is prepared unless it was.
 func (s *Service) leasePinned(ctx context.Context, ref string, manifest digest.Digest) (*node.Lease, error) {
 	if manifest == "" {
-		return s.lease(ctx, ref, "")
+		// Also resolves a tag again: what it meant to others may be long ago.
+		p, err := s.cfg.Node.Prepare(ctx, ref, "")
+		if err != nil {
+			return nil, err
+		}
+		return s.cfg.Node.LeaseManifest(ctx, ref, p.Manifest)
 	}
 	lease, err := s.cfg.Node.LeaseManifest(ctx, ref, manifest)
 	if !errdefs.IsNotFound(err) {

@@ -1,11 +1,15 @@
 package service
 
 import (
+	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/protocols/vsock"
 )
@@ -122,6 +126,10 @@ func (p *ports) open(addr string) (*port, error) {
 func (p *ports) serve(shared *port) {
 	for {
 		c, err := shared.listener.Accept()
+		if passing(err) {
+			time.Sleep(acceptPause)
+			continue
+		}
 		if err != nil {
 			p.fail(shared)
 			return
@@ -131,6 +139,17 @@ func (p *ports) serve(shared *port) {
 			_ = c.Close() // refused, or nobody's
 		}
 	}
+}
+
+// acceptPause is before the next attempt, after one that failed for a reason
+// that passes.
+const acceptPause = 10 * time.Millisecond
+
+// passing says whether Accept may succeed again (accept(2)): all sandboxes hang
+// on a shared port, and any of them may have caused the want.
+func passing(err error) bool {
+	return slices.ContainsFunc([]error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.ECONNABORTED},
+		func(e error) bool { return errors.Is(err, e) })
 }
 
 // deliver gives c to the sandbox with that cid, if it takes it.

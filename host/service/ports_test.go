@@ -4,11 +4,13 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // peerConn is a connection of a virtual machine, as AF_VSOCK would show it.
@@ -20,12 +22,15 @@ type peerConn struct {
 // fakePort accepts what connect gives it.
 type fakePort struct {
 	conns chan net.Conn
+	fails chan error // of Accept
 	done  chan struct{}
 	once  sync.Once
 }
 
 func (f *fakePort) Accept() (net.Conn, error) {
 	select {
+	case err := <-f.fails:
+		return nil, err
 	case c := <-f.conns:
 		return c, nil
 	case <-f.done:
@@ -46,7 +51,7 @@ func (f *fakePort) connect(cid uint32) net.Conn {
 func newFakePorts() (*ports, func() *fakePort) {
 	bound := make(chan *fakePort, 8)
 	bind := func(string) (net.Listener, error) {
-		f := &fakePort{conns: make(chan net.Conn), done: make(chan struct{})}
+		f := &fakePort{conns: make(chan net.Conn), fails: make(chan error), done: make(chan struct{})}
 		bound <- f
 		return f, nil
 	}
@@ -180,6 +185,28 @@ func TestHeldConnections(t *testing.T) {
 	}
 	p.close()
 	<-port.done
+}
+
+// A shared port outlives a want of descriptors or memory, which one of its
+// sandboxes, or anybody else, may have caused.
+func TestSharedPortGoesOn(t *testing.T) {
+	p, bound := newFakePorts()
+	three, err := p.listen("vsock:2111", 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := bound()
+	for _, err := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.ECONNABORTED} {
+		port.fails <- &net.OpError{Op: "accept", Net: "vsock", Err: os.NewSyscallError("accept4", err)}
+	}
+	port.connect(3)
+	if c, err := three.Accept(); err != nil || c.(peerConn).cid != 3 {
+		t.Errorf("accepted %v, %v", c, err)
+	}
+	if err := three.Close(); err != nil {
+		t.Error(err)
+	}
+	p.wg.Wait()
 }
 
 func TestOwnAddress(t *testing.T) {

@@ -21,7 +21,8 @@ import (
 const (
 	upperDir  = "fs"
 	workDir   = "work"
-	lowerLink = "lower" // to where the node mounts the image; an empty directory when it cannot
+	lowerLink = "lower"  // to where the node mounts the image; an empty directory when it cannot
+	usersDir  = `\lower` // the image's users and groups; see lowerOption
 	upperFile = "rwlayer.img"
 )
 
@@ -44,6 +45,7 @@ type draft struct {
 // given is what the node gives a snapshot.
 type given struct {
 	lower string // where the image is mounted; "" when it is not
+	tree  Tree   // of lower, while the snapshot is made
 	file  string // the one-file image
 }
 
@@ -138,9 +140,32 @@ func (d *draft) take(ctx context.Context, mode Mode) (err error) {
 	case mode == Block && d.request.kind == snapshots.KindActive:
 		return d.makeUpperFile(ctx)
 	case d.given.lower != "":
-		return os.Symlink(d.given.lower, d.path(lowerLink))
+		return d.takeTree(ctx)
 	case mode == Guest:
 		return os.Mkdir(d.path(lowerLink), 0o755)
+	}
+	return nil
+}
+
+// takeTree links to the image that the node mounts, and copies its users.
+func (d *draft) takeTree(ctx context.Context) (err error) {
+	users := []string{"etc/passwd", "etc/group"}
+	if d.record.mode == Guest {
+		users = nil // nobody reads the image here unless containerd asks the helper
+	}
+	if d.given.tree, err = d.s.cfg.Images.Look(ctx, d.given.lower, users...); err != nil {
+		return err
+	}
+	if err := os.Symlink(d.given.lower, d.path(lowerLink)); err != nil || users == nil {
+		return err
+	}
+	if err := os.MkdirAll(d.path(usersDir, "etc"), 0o755); err != nil {
+		return err
+	}
+	for name, content := range d.given.tree.Files {
+		if err := os.WriteFile(d.path(usersDir, name), content, 0o644); err != nil { //nolint:gosec // as in the image
+			return err
+		}
 	}
 	return nil
 }
@@ -164,27 +189,36 @@ func (s *Snapshotter) hold(ctx context.Context, r record) (g given, err error) {
 // adopt gives the upper directory the owner and mode of the directory that it
 // covers, the image's root.
 func (d *draft) adopt() error {
-	covered := d.given.lower
-	if len(d.base.full) > 0 {
-		covered = d.s.path(d.base.full[0], upperDir)
-	}
 	uid, gid, mapped, err := mappedRoot(d.request.labels)
-	if err != nil || covered == "" && !mapped {
+	covered, ok, serr := d.covered()
+	if err = errors.Join(err, serr); err != nil || !ok && !mapped {
 		return err
 	}
-	if covered != "" {
-		st, err := os.Stat(covered)
-		if err != nil {
-			return err
+	if ok {
+		if !mapped {
+			uid, gid = covered.UID, covered.GID
 		}
-		if sys, ok := st.Sys().(*syscall.Stat_t); ok && !mapped {
-			uid, gid = int(sys.Uid), int(sys.Gid)
-		}
-		if err := os.Chmod(d.path(upperDir), st.Mode()); err != nil {
+		if err := os.Chmod(d.path(upperDir), covered.Mode); err != nil {
 			return err
 		}
 	}
 	return os.Lchown(d.path(upperDir), uid, gid)
+}
+
+// covered describes the directory that the upper one covers, if there is one.
+func (d *draft) covered() (root Tree, ok bool, err error) {
+	if len(d.base.full) == 0 {
+		return d.given.tree, d.given.lower != "", nil
+	}
+	st, err := os.Stat(d.s.path(d.base.full[0], upperDir))
+	if err != nil {
+		return root, false, err
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok {
+		return root, false, nil
+	}
+	return Tree{UID: int(sys.Uid), GID: int(sys.Gid), Mode: st.Mode()}, true, nil
 }
 
 // insert writes the record and gives the directory its name. When the metadata

@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"os"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -17,6 +18,14 @@ type Chain struct {
 // Whole says whether the chain is the entire image. When it is not, the
 // container's image is another one, which has these layers too.
 func (c Chain) Whole() bool { return c.Layers == c.Of }
+
+// Tree is what a snapshot needs to know of an image that is mounted.
+type Tree struct {
+	UID, GID int         // of the root
+	Mode     os.FileMode // of the root
+	// Files has the content of regular files, links followed as in a container.
+	Files map[string][]byte
+}
 
 // Images is what a snapshotter needs of the node. A holder is an opaque plain
 // word that begins with the snapshotter's name and a dot ("tatami.<random>").
@@ -35,6 +44,10 @@ type Images interface {
 	// again, also after a restart of the machine, it gives what is there or
 	// mounts again, and fetches what the node has lost. ErrNotImplemented when this machine cannot mount images.
 	Mount(ctx context.Context, holder string, c Chain) (dir string, err error)
+	// Look reads what a snapshot needs to know of a directory that Mount gave,
+	// and those of the files that are there, of at most 1 MiB each. The caller must not read in it itself: the reads may need this process,
+	// and one that is killed must not wait for itself.
+	Look(ctx context.Context, dir string, files ...string) (Tree, error)
 	// File returns the absolute path of the one-file EROFS image of the chain,
 	// a regular file to stat(2). It lives as a mount does.
 	File(ctx context.Context, holder string, c Chain) (path string, err error)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -121,6 +122,23 @@ func (d *dirImages) Mount(ctx context.Context, holder string, c Chain) (string, 
 		}
 	}
 	return dir, err
+}
+
+func (d *dirImages) Look(_ context.Context, dir string, files ...string) (Tree, error) {
+	st, err := os.Stat(dir)
+	if err != nil {
+		return Tree{}, err
+	}
+	t := Tree{Mode: st.Mode(), Files: map[string][]byte{}}
+	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
+		t.UID, t.GID = int(sys.Uid), int(sys.Gid)
+	}
+	for _, name := range files {
+		if b, err := os.ReadFile(filepath.Join(dir, name)); err == nil {
+			t.Files[name] = b
+		}
+	}
+	return t, nil
 }
 
 func (d *dirImages) File(ctx context.Context, holder string, c Chain) (string, error) {

@@ -115,21 +115,20 @@ func (s *Snapshotter) overlayMounts(l layout) []mount.Mount {
 
 // lowerOption names the node's mount in an overlay option: by a link beside the
 // other layers, because containerd and Kata shorten options beyond a page, those
-// of many layers, by the directory that all layers are in.
-//
-// For a container it has a backslash, which overlayfs takes out
-// (Documentation/filesystems/overlayfs.rst): Kata's Go runtime looks at each
-// lowerdir and takes one on EROFS for a disk that it must attach (IsErofsRootFS in
-// kata_agent.go, createErofsDevices in container.go). It does not find this one,
-// and mounts the overlay. When containerd unpacks it has none, because then
-// containerd does not mount the overlay but reads the lowerdirs itself, to give
-// new directories the attributes of those below (mkparent in its
-// pkg/archive/tar.go).
+// of many layers, by the directory that all layers are in; and with a backslash,
+// which overlayfs takes out (Documentation/filesystems/overlayfs.rst). Under the
+// name with the backslash stands a directory with the image's users, for those
+// who take the option for a path: Kata's Go runtime looks at each lowerdir and
+// takes one on EROFS for a disk that it must attach (IsErofsRootFS in
+// kata_agent.go, createErofsDevices in container.go), and containerd 2.4 looks
+// users up there without a mount (FSMounts in its internal/fsview). When
+// containerd unpacks it reads the lower directories themselves, so there it gets
+// the link.
 func (s *Snapshotter) lowerOption(l layout) string {
 	if l.unpack {
 		return s.path(l.id, lowerLink)
 	}
-	return s.path(l.id) + `/\` + lowerLink
+	return s.path(l.id, usersDir)
 }
 
 func bind(dir string, writable bool) []mount.Mount {

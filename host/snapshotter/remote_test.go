@@ -119,7 +119,7 @@ func TestContainerFallback(t *testing.T) {
 	if e := g.entry(t, "c"); e.Mode != Share || !strings.Contains(e.Reason, "block: no room") || mounts[0].Type != "overlay" {
 		t.Errorf("%+v, %+v", e, mounts)
 	}
-	if got := list(t, g.path("2")); !slices.Equal(got, []string{"fs", "lower", "work"}) {
+	if got := list(t, g.path("2")); !slices.Equal(got, []string{usersDir, "fs", "lower", "work"}) {
 		t.Errorf("directory has %v", got)
 	}
 	g.images.mountErr = errors.New("no mounts")

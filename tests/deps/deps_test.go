@@ -33,7 +33,8 @@ var rules = []struct {
 	{module + "rootfs/bootstrap", []string{module + "rootfs/store", module + "rootfs/layer", module + "rootfs/mount", "net/http"}, "the bootstrap is made of entries alone"},
 	{module + "rootfs/registry", []string{module + "rootfs/store", module + "rootfs/mount", module + "rootfs/layer"}, "the registry client knows nothing of the store"},
 	{module + "rootfs/store", []string{module + "rootfs/layer", module + "rootfs/registry", module + "rootfs/mount", "net/http"}, "the store knows sources, not formats or networks"},
-	{module + "host/...", []string{"github.com/hanwen/go-fuse"}, "go-fuse stays behind rootfs/mount and virtiofs"},
+	{module + "host/service", []string{"github.com/hanwen/go-fuse"}, "only host/mounts mounts; go-fuse stays behind rootfs/mount and virtiofs"},
+	{module + "host/snapshotter", []string{"github.com/hanwen/go-fuse"}, "only host/mounts mounts; go-fuse stays behind rootfs/mount and virtiofs"},
 	{module + "...", []string{"github.com/erofs/go-erofs", "github.com/containerd/stargz-snapshotter"}, "builders and readers of others are for tests only"},
 }
 

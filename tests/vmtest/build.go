@@ -83,7 +83,7 @@ func initrd(k vm.Kernel, o *Options) (string, error) {
 		return "", err
 	}
 	cfg := initramfs.Config{Init: prog, ModuleDir: k.Modules, Modules: slices.Concat(modules, o.Modules),
-		OptionalModules: optionalModules, Files: o.Files}
+		OptionalModules: slices.Concat(optionalModules, o.OptionalModules), Files: o.Files}
 	for _, bin := range append([]string{"/usr/bin/crun", "/usr/sbin/runc", "/usr/bin/runc"}, o.Binaries...) {
 		if _, err := os.Stat(bin); err == nil || slices.Contains(o.Binaries, bin) {
 			cfg.Binaries = append(cfg.Binaries, bin)
@@ -92,7 +92,7 @@ func initrd(k vm.Kernel, o *Options) (string, error) {
 	if busybox, err := exec.LookPath("busybox"); err == nil {
 		cfg.Busybox = busybox
 	}
-	key := []string{k.Image, prog, strings.Join(cfg.Modules, " "), strings.Join(cfg.Binaries, " ")}
+	key := []string{k.Image, prog, strings.Join(slices.Concat(cfg.Modules, cfg.OptionalModules), " "), strings.Join(cfg.Binaries, " ")}
 	for name, data := range o.Files {
 		key = append(key, name+"\x00"+string(data))
 	}

@@ -35,10 +35,12 @@ type Options struct {
 	Network         bool              // a card that reaches the node's network
 	Reboot          bool              // the guest may boot again
 	Modules         []string          // more kernel modules
+	OptionalModules []string          // more of those that only some kernels have
 	Binaries        []string          // more programs of this machine, beside crun, runc, busybox
 	Files           map[string][]byte // files by their path in the guest
 	Args            []string          // more arguments for QEMU
 	Vsock           vm.Vsock
+	Dir             string // where the machine's sockets are; the system's for temporary files when empty
 }
 
 // Need skips the test with the reason when virtual machines cannot run here.
@@ -74,7 +76,7 @@ func Start(t testing.TB, o Options) *vm.VM {
 		t.Fatal(err)
 	}
 	cfg := vm.Config{Kernel: k, Initrd: image, Cmdline: o.Cmdline, MemoryMiB: o.MemoryMiB, CPUs: o.CPUs,
-		Network: o.Network, Reboot: o.Reboot, Args: o.Args, Accel: vm.Accel(os.Getenv("TATAMI_VM_ACCEL")), Vsock: o.Vsock}
+		Network: o.Network, Reboot: o.Reboot, Args: o.Args, Accel: vm.Accel(os.Getenv("TATAMI_VM_ACCEL")), Vsock: o.Vsock, Dir: o.Dir}
 	if os.Getenv("TATAMI_VM_CONSOLE") != "" {
 		cfg.Console = os.Stderr
 	}

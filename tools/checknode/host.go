@@ -34,13 +34,14 @@ type host struct {
 	state   string
 	control string // its control socket
 	tasks   string // where it looks for containerd's state
+	helper  string // what containerd runs to mount images of mode guest
 	found   bool
 }
 
 // loadHost reads the settings leniently: tatami-host itself refuses what it does
 // not know.
 func loadHost(t tree, file string) (*host, []Finding) {
-	h := &host{Host: Host{File: file, Snapshotters: []Snapshotter{}}, state: hostState, control: path.Join(hostRoot, "tatami-host.sock")}
+	h := &host{Host: Host{File: file, Snapshotters: []Snapshotter{}}, state: hostState, control: path.Join(hostRoot, "tatami-host.sock"), helper: helper}
 	root, err := t.parse(file)
 	if err != nil {
 		return h, []Finding{{Severity: Error, What: "the settings of tatami-host cannot be read: " + err.Error(), File: file, Add: []string{"version = 1"}}}
@@ -49,6 +50,7 @@ func loadHost(t tree, file string) (*host, []Finding) {
 	h.state = textOr(root["state"], hostState)
 	h.control = textOr(root["socket"], path.Join(textOr(root["root"], hostRoot), "tatami-host.sock"))
 	h.tasks = textOr(asTable(root["kata"])["containerd_state"], containerdState)
+	h.helper = textOr(root["mount_helper"], helper)
 	var findings []Finding
 	list, _ := root["snapshotter"].([]any)
 	for _, v := range list {

@@ -22,13 +22,13 @@ var searchPath = []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/us
 
 // kernel looks at what the modes in use need of the node. The kernel's name is
 // empty where the node does not run, and then only files are looked at.
-func (n *node) kernel(handlers []Handler) (string, []Finding) {
+func (n *node) kernel(h *host, handlers []Handler) (string, []Finding) {
 	var used []string
 	vsock := false
-	for _, h := range handlers {
-		if h.Mode != "" {
-			used = append(used, h.Mode)
-			vsock = vsock || strings.HasSuffix(h.Runtime, ", "+qemu)
+	for _, x := range handlers {
+		if x.Mode != "" {
+			used = append(used, x.Mode)
+			vsock = vsock || strings.HasSuffix(x.Runtime, ", "+qemu)
 		}
 	}
 	if len(used) == 0 {
@@ -36,7 +36,7 @@ func (n *node) kernel(handlers []Handler) (string, []Finding) {
 	}
 	var out []Finding
 	if slices.Contains(used, modeGuest) {
-		out = n.mountHelper()
+		out = n.mountHelper(h.helper)
 	}
 	release, err := n.files.read("/proc/sys/kernel/osrelease", maxFile)
 	if err != nil {
@@ -52,11 +52,11 @@ func (n *node) kernel(handlers []Handler) (string, []Finding) {
 
 // mountHelper: containerd runs mount.fuse, and that the helper, for mounts of
 // type fuse.PATH (core/mount/mount_linux.go), to look up a container's user.
-func (n *node) mountHelper() []Finding {
+func (n *node) mountHelper(helper string) []Finding {
 	var out []Finding
 	if st, err := n.files.stat(helper); err != nil || st.Mode()&0o111 == 0 {
 		out = append(out, Finding{Severity: Error, What: helper + " is not there or cannot be run: containers of mode guest do not start",
-			Add: []string{"install -D -t /opt/tatami/bin nydus-overlayfs-tatami"}})
+			Add: []string{"install -D -t " + path.Dir(helper) + " nydus-overlayfs-tatami"}})
 	}
 	if !slices.ContainsFunc(searchPath, func(dir string) bool { return n.files.exists(path.Join(dir, mountFuse)) }) {
 		out = append(out, Finding{Severity: Error, What: mountFuse + " is not there: containers of mode guest do not start",

@@ -132,6 +132,10 @@ func TestMissing(t *testing.T) {
 		}, "runc", Error, "needs Kata Containers", "", ""},
 		{"mount helper", func(t *testing.T, f files) { f["opt/tatami/bin/nydus-overlayfs-tatami"] = "not a program" },
 			"", Error, "nydus-overlayfs-tatami is not there or cannot be run", "", "install -D -t /opt/tatami/bin nydus-overlayfs-tatami"},
+		{"mount helper elsewhere", func(t *testing.T, f files) {
+			sub(t, f, "etc/tatami/host.toml", "version = 1", "version = 1\nmount_helper = \"/usr/bin/nydus-overlayfs-tatami\"")
+		},
+			"", Error, "/usr/bin/nydus-overlayfs-tatami is not there or cannot be run", "", "install -D -t /usr/bin nydus-overlayfs-tatami"},
 		{"mount.fuse", func(t *testing.T, f files) { delete(f, "usr/sbin/mount.fuse") }, "", Error, "mount.fuse", "", "apt-get install fuse3"},
 		{"FUSE", func(t *testing.T, f files) { delete(f, "dev/fuse") }, "", Error, "/dev/fuse", "/etc/modules-load.d/tatami.conf", "modprobe fuse"},
 		{"loop devices", func(t *testing.T, f files) { delete(f, "dev/loop-control") }, "", Error, "/dev/loop-control", "", "modprobe loop"},

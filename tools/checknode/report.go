@@ -152,7 +152,7 @@ func (n *node) check(ctx context.Context) *Report {
 	}
 	r.add(host.checkState(cfg, r.Handlers)...)
 	r.add(n.sockets(ctx, cfg, host, r.Handlers)...)
-	r.Kernel, findings = n.kernel(r.Handlers)
+	r.Kernel, findings = n.kernel(host, r.Handlers)
 	r.add(findings...)
 	r.conclude()
 	return r

@@ -33,7 +33,7 @@ func guestImageCommand(ctx context.Context, args []string, s Streams) (int, erro
 		return 0, err
 	}
 	if fs.NArg() != 1 {
-		return 0, fmt.Errorf("%d files named; usage: tatami guest-image %s: %w", fs.NArg(), guestImageUsage, errdefs.ErrInvalidArgument)
+		return 0, fmt.Errorf("arguments %q: name one file, after the flags; usage: tatami guest-image %s: %w", fs.Args(), guestImageUsage, errdefs.ErrInvalidArgument)
 	}
 	if o.format != "text" && o.format != "json" {
 		return 0, fmt.Errorf("-o %q: want text or json: %w", o.format, errdefs.ErrInvalidArgument)

@@ -59,7 +59,7 @@ func TestGuestImage(t *testing.T) {
 func TestGuestImageRefused(t *testing.T) {
 	for want, args := range map[string][]string{
 		"usage: tatami guest-image build": {"guest-image"},
-		"0 files named":                   {"guest-image", "build"},
+		"name one file, after the flags":  {"guest-image", "build"},
 		"want text or json":               {"guest-image", "build", "-o", "yaml", "x"},
 		"salt":                            {"guest-image", "build", "--salt", "xyz", "x"},
 		"want extension":                  {"guest-image", "build", "--guest", "x", "--pause", "x", "--kind", "iso", "x"},

@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
@@ -106,12 +108,23 @@ func (st *nodeStatus) printSnapshots(w io.Writer) {
 		for _, e := range s.Snapshots {
 			fmt.Fprint(w, head)
 			head = ""
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", e.Key, e.Kind, cmp.Or(e.Mode, "full"), cmp.Or(e.Reference, "-"), e.Reason)
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", e.Key, e.Kind, cmp.Or(e.Mode, "full"), cmp.Or(e.Reference, "-"), oneLine(e.Reason))
 		}
 		if s.LeftOut > 0 {
 			fmt.Fprintf(w, "… and %d more of snapshotter %s\n", s.LeftOut, s.Name)
 		}
 	}
+}
+
+// oneLine is a text of others, as registries are, for one cell of a table on a
+// terminal.
+func oneLine(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, s)
 }
 
 func mib(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }

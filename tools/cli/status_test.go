@@ -14,7 +14,7 @@ func TestPrintStatus(t *testing.T) {
 			Name: "tatami", Mode: "guest", Socket: "/run/t.sock", LazyLayers: 7,
 			Snapshots: []*api.SnapshotStatus{
 				{Key: "k8s.io/9/c1", Kind: "active", Mode: "guest", Reference: "docker.io/library/debian:12"},
-				{Key: "k8s.io/5/sha256:1", Kind: "committed", Reason: "no such image"},
+				{Key: "k8s.io/5/sha256:1", Kind: "committed", Reason: "no\tsuch\nimage\x1b"},
 			},
 		}},
 		Sandboxes: []*api.SandboxStatus{{Id: "s1", Identity: "vsock:2110", Containers: []*api.ContainerStatus{{Id: "c1", Reference: "debian", Class: "online"}}}},
@@ -26,7 +26,7 @@ tatami       guest  7            /run/t.sock
 
 SNAPSHOT           KIND       MODE   IMAGE                        REASON
 k8s.io/9/c1        active     guest  docker.io/library/debian:12  
-k8s.io/5/sha256:1  committed  full   -                            no such image
+k8s.io/5/sha256:1  committed  full   -                            no such image 
 
 SANDBOX  MACHINE     CONTAINER  IMAGE   CLASS
 s1       vsock:2110                     

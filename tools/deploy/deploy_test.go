@@ -20,6 +20,8 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 	"go.yaml.in/yaml/v3"
+
+	"github.com/tatami-containers/tatami/host/config"
 )
 
 type table = map[string]any
@@ -157,6 +159,14 @@ func hostSettings(t *testing.T) (sockets map[string]string, cfg table) {
 		sockets[name] = filepath.Join(cfg["state"].(string), name+".sock")
 	}
 	return sockets, cfg
+}
+
+// tatami-host takes its settings, and finds containerd and Kata by their defaults.
+func TestHostSettings(t *testing.T) {
+	c, err := config.Decode(read(t, "host.toml"))
+	if d := config.Default(); err != nil || c.Root != d.Root || c.State != d.State || !c.Kata.Discover || c.Kata.ContainerdState != d.Kata.ContainerdState {
+		t.Errorf("%+v, %v", c, err)
+	}
 }
 
 // dropIns says for which of Kata's base files, and shims, a drop-in is.
@@ -336,7 +346,7 @@ func TestUnit(t *testing.T) {
 	if found := hides.FindAllString(string(text), -1); found != nil {
 		t.Errorf("%q", found)
 	}
-	for _, want := range []string{"Type=notify", "ExecReload=/bin/kill -HUP $MAINPID", "KillMode=mixed", "FileDescriptorStoreMax=", "WantedBy=multi-user.target"} {
+	for _, want := range []string{"Type=notify", "NotifyAccess=all", "ExecReload=/bin/kill -HUP $MAINPID", "KillMode=mixed", "FileDescriptorStoreMax=", "WantedBy=multi-user.target"} {
 		if !bytes.Contains(text, []byte("\n"+want)) {
 			t.Errorf("no line %s", want)
 		}

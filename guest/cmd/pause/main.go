@@ -12,20 +12,25 @@ import (
 
 func main() { serve(catch()) }
 
-func catch() <-chan os.Signal {
-	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGCHLD)
-	return signals
+// catch returns the signals to end, and a channel of its own, so that they crowd
+// out none, for those of children.
+func catch() (ends, children <-chan os.Signal) {
+	end, child := make(chan os.Signal, 1), make(chan os.Signal, 1)
+	signal.Notify(end, syscall.SIGTERM, syscall.SIGINT)
+	signal.Notify(child, syscall.SIGCHLD)
+	return end, child
 }
 
 // serve returns when it is asked to end.
-func serve(signals <-chan os.Signal) {
+func serve(ends, children <-chan os.Signal) {
 	reap() // what ended before signals were caught
-	for s := range signals {
-		if s != syscall.SIGCHLD {
+	for {
+		select {
+		case <-ends:
 			return
+		case <-children:
+			reap()
 		}
-		reap()
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -17,9 +18,9 @@ const asPause = "TATAMI_TEST_AS_PAUSE"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asPause) != "" {
-		signals := catch()
+		ends, children := catch()
 		fmt.Println("ready") // the test waits for it
-		serve(signals)
+		serve(ends, children)
 		os.Exit(0)
 	}
 	os.Exit(m.Run())
@@ -56,6 +57,26 @@ func TestEndsWhenAsked(t *testing.T) {
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("%v: %v", s, err)
 		}
+	}
+}
+
+// However many children have ended, being asked to end is heard.
+func TestChildrenCrowdOutNothing(t *testing.T) {
+	ends, children := catch()
+	defer signal.Reset()
+	for range 100 { // one by one, each of them taken note of
+		if err := exec.CommandContext(t.Context(), "true").Run(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	<-children
+	if err := syscall.Kill(os.Getpid(), syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-ends:
+	case <-time.After(20 * time.Second):
+		t.Error("not heard")
 	}
 }
 

@@ -24,6 +24,9 @@ func main() {
 		fmt.Fprintln(os.Stderr, "tatami-host:", err)
 		os.Exit(2)
 	}
+	if cfg.Check {
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 	if err := daemon.Run(ctx, cfg, os.Args[1:], cfg.Log.Logger(os.Stderr)); err != nil {

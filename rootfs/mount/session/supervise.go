@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/signal"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -267,6 +268,30 @@ func (s *supervisor) end() error {
 	err = errors.Join(err, s.Session.Close())
 	s.processes.Wait()
 	return err
+}
+
+// Hangups turns each SIGHUP until ctx is done into a restart for
+// SuperviseConfig: an upgrade to the program as it is then, without a failed
+// read.
+func Hangups(ctx context.Context) <-chan struct{} {
+	signals, restart := make(chan os.Signal, 1), make(chan struct{})
+	signal.Notify(signals, syscall.SIGHUP)
+	go func() { // ends with ctx
+		defer signal.Stop(signals)
+		for {
+			select {
+			case <-signals:
+			case <-ctx.Done():
+				return
+			}
+			select {
+			case restart <- struct{}{}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return restart
 }
 
 func sleep(ctx context.Context, d time.Duration) bool {

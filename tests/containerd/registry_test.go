@@ -1,0 +1,113 @@
+package containerd
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/tatami-containers/tatami/tests/ocilayout"
+)
+
+// registry is a docker-registry of Debian behind a proxy that counts.
+type registry struct {
+	host   string // of the proxy; for references
+	behind string // of docker-registry; for pushes
+
+	mu    sync.Mutex
+	blobs map[string]int64 // bytes sent by path; protected by mu
+}
+
+const registryConfig = `
+version: 0.1
+log: {level: error}
+storage:
+  filesystem: {rootdirectory: %s}
+http: {addr: %s}
+`
+
+func startRegistry(t *testing.T) *registry {
+	t.Helper()
+	need(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &registry{behind: l.Addr().String(), blobs: map[string]int64{}}
+	l.Close() // the port stays free long enough
+	dir := t.TempDir()
+	config := filepath.Join(dir, "config.yml")
+	if err := os.WriteFile(config, fmt.Appendf(nil, registryConfig, filepath.Join(dir, "data"), r.behind), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "docker-registry", "serve", config)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Wait() }) // t.Context has ended it
+	target := &url.URL{Scheme: "http", Host: r.behind}
+	until(t, func() error {
+		resp, err := http.Get(target.String() + "/v2/")
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err
+	})
+	front := httptest.NewServer(&httputil.ReverseProxy{
+		Rewrite:        func(p *httputil.ProxyRequest) { p.SetURL(target); p.Out.Host = p.In.Host },
+		ModifyResponse: r.watch,
+		FlushInterval:  10 * time.Millisecond,
+	})
+	t.Cleanup(front.Close)
+	r.host = front.Listener.Addr().String()
+	return r
+}
+
+// watch counts the bytes of an answer as they are sent on.
+func (r *registry) watch(resp *http.Response) error {
+	if strings.Contains(resp.Request.URL.Path, "/blobs/") {
+		resp.Body = counted{resp.Body, r, resp.Request.URL.Path}
+	}
+	return nil
+}
+
+type counted struct {
+	io.ReadCloser
+	r    *registry
+	path string
+}
+
+func (c counted) Read(p []byte) (int, error) {
+	n, err := c.ReadCloser.Read(p)
+	c.r.mu.Lock()
+	defer c.r.mu.Unlock()
+	c.r.blobs[c.path] += int64(n)
+	return n, err
+}
+
+// sent is how many bytes of a blob have been sent, over all answers.
+func (r *registry) sent(repo string, b blob) int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.blobs["/v2/"+repo+"/blobs/"+b.digest]
+}
+
+// push adds an image and returns its reference.
+func (r *registry) push(t *testing.T, repo, tag string, layout ocilayout.Dir) string {
+	t.Helper()
+	if err := layout.Push(t.Context(), r.behind+"/"+repo, tag); err != nil {
+		t.Fatal(err)
+	}
+	return r.host + "/" + repo + ":" + tag
+}
