@@ -26,19 +26,21 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 	if err := os.MkdirAll(cfg.State, 0o711); err != nil { //nolint:gosec // containerd's sockets are in it
 		return fmt.Errorf("make state directory: %w", err)
 	}
-	fuse, err := openSession(cfg, log)
-	if err != nil {
-		return err
-	}
-	sockets, err := listen(cfg)
-	if err != nil {
-		return errors.Join(err, fuse.Close())
-	}
-	defer sockets.close()
 	// Its path, not /proc/self/exe: after an upgrade another program is there.
 	self, err := os.Executable()
 	if err != nil {
-		return errors.Join(err, fuse.Close())
+		return fmt.Errorf("find the program of workers: %w", err)
+	}
+	// The sockets first: without them the mounts of before stay as they are,
+	// and another tatami-host that serves them has its mounts.
+	sockets, err := listen(cfg)
+	if err != nil {
+		return err
+	}
+	defer sockets.close()
+	fuse, err := openSession(cfg, log)
+	if err != nil {
+		return err
 	}
 	keep := ""
 	if store(fuse, log) {

@@ -65,23 +65,27 @@ func look(dir string, files []string, t *snapshotter.Tree) error {
 }
 
 // readBeneath reads a regular file of an image, in which symbolic links are
-// followed as in a container. What is no such file, or too large, is nil.
+// followed as in a container. What is no such file, or too large, is nil, and is
+// not opened: opening a device is enough for some to act.
 func readBeneath(root int, name string) ([]byte, error) {
-	fd, err := unix.Openat2(root, name, &unix.OpenHow{
-		Flags:   unix.O_RDONLY | unix.O_NONBLOCK | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-	})
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
+	path, err := find(root, name)
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP), errors.Is(err, unix.ENAMETOOLONG):
 		return nil, nil
+	case err != nil:
+		return nil, err
 	}
+	defer func() { _ = unix.Close(path) }()
+	var st unix.Stat_t
+	if err := unix.Fstat(path, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > maxLook {
+		return nil, err
+	}
+	// Not /proc/self: this thread has descriptors of its own.
+	fd, err := unix.Open(fmt.Sprintf("/proc/thread-self/fd/%d", path), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = unix.Close(fd) }()
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > maxLook {
-		return nil, err
-	}
 	content := make([]byte, 0, st.Size)
 	for {
 		n, err := unix.Read(fd, content[len(content):cap(content)])
@@ -95,6 +99,22 @@ func readBeneath(root int, name string) ([]byte, error) {
 			content = content[:len(content)+n]
 		}
 	}
+}
+
+// find opens the path of a file beneath root. The kernel gives up a path with
+// ".." in it when anything on the machine is renamed or mounted meanwhile
+// (EAGAIN, openat2(2)).
+func find(root int, name string) (path int, err error) {
+	for range 100 {
+		path, err = unix.Openat2(root, name, &unix.OpenHow{
+			Flags:   unix.O_PATH | unix.O_CLOEXEC,
+			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+		})
+		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	return path, err
 }
 
 // fileMode is the mode of a directory as package os has it.

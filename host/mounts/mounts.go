@@ -186,7 +186,11 @@ func (m *Mounts) Release(ctx context.Context, holder string) error {
 	if m.held(h) {
 		return nil
 	}
-	return m.end(ctx, h.Use, imageOf(h.chain()))
+	if err := m.end(ctx, h.Use, imageOf(h.chain())); err != nil {
+		_, adderr := m.add(holder, h) // to be released again: else nobody knows of it
+		return fmt.Errorf("release %s: %w", holder, errors.Join(err, adderr))
+	}
+	return nil
 }
 
 // end takes an image away that nobody holds. Precondition: its key is locked.

@@ -191,7 +191,9 @@ func TestLook(t *testing.T) {
 		"links": {[]registrytest.Entry{registrytest.File("usr/p", 0o644, "p"), registrytest.Symlink("etc/passwd", "/usr/p"), registrytest.Symlink("etc/group", "../../../../../../etc/group")}, map[string]string{"etc/passwd": "p"}},
 		"none":  {[]registrytest.Entry{registrytest.File("etc", 0o644, "")}, nil},
 		"odd":   {[]registrytest.Entry{registrytest.Dir("etc/passwd", 0o755), registrytest.Entry{Header: tar.Header{Typeflag: tar.TypeFifo, Name: "etc/group", Mode: 0o644}}}, nil},
-		"large": {[]registrytest.Entry{registrytest.File("etc/passwd", 0o644, strings.Repeat("x", maxLook+1)), registrytest.File("etc/group", 0o644, "g")}, map[string]string{"etc/group": "g"}},
+		// One that no driver has: opening it fails.
+		"device": {[]registrytest.Entry{{Header: tar.Header{Typeflag: tar.TypeChar, Name: "etc/passwd", Mode: 0o644, Devmajor: 10, Devminor: 254}}}, nil},
+		"large":  {[]registrytest.Entry{registrytest.File("etc/passwd", 0o644, strings.Repeat("x", maxLook+1)), registrytest.File("etc/group", 0o644, "g")}, map[string]string{"etc/group": "g"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir, err := g.Mount(t.Context(), "a."+name, push(name, c.entries...))
@@ -259,6 +261,29 @@ func TestRestart(t *testing.T) {
 	if all, err := g.Holders(t.Context()); err != nil || !slices.Equal(all, []string{"a.1", "a.3"}) {
 		t.Errorf("holders %v %v", all, err)
 	}
+}
+
+// What could not be unmounted is still a holder's, so that it is released again.
+func TestReleaseFails(t *testing.T) {
+	g := newRig(t)
+	whole, _ := g.image(t, "app")
+	dir, err := g.Mount(t.Context(), "a.1", whole)
+	check(t, err)
+	// In the way of the mount's record.
+	obstacle := filepath.Join(g.dir, "mounts", filepath.Base(dir)+".json.tmp")
+	check(t, os.Mkdir(obstacle, 0o700))
+	if err := g.Release(t.Context(), "a.1"); err == nil {
+		t.Error("released")
+	}
+	if all, err := g.Holders(t.Context()); err != nil || !slices.Equal(all, []string{"a.1"}) {
+		t.Errorf("holders %v %v", all, err)
+	}
+	check(t, os.Remove(obstacle))
+	check(t, g.Release(t.Context(), "a.1"))
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("still mounted: %v", err)
+	}
+	check(t, g.Remove(t.Context(), whole.Manifest))
 }
 
 // When the session is gone but not the records, as after a supervisor that was
