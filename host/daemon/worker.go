@@ -31,9 +31,9 @@ func runWorker(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		return err
 	}
 	listeners, err := inheritedListeners(link.Extra())
-	if err == nil && len(listeners) != len(cfg.Snapshotters)+1 {
-		// The supervisor read the file before it was changed.
-		err = fmt.Errorf("%d sockets for %d snapshotters: the configuration has other snapshotters than when tatami-host was started; restart it", len(listeners)-1, len(cfg.Snapshotters))
+	if err == nil {
+		// The supervisor may have read the settings before they were changed.
+		err = sameSockets(addresses(listeners), socketPaths(cfg))
 	}
 	if err != nil {
 		return errors.Join(err, link.Close())
@@ -57,6 +57,14 @@ func inheritedListeners(files []*os.File) (all []net.Listener, err error) {
 		all = append(all, l)
 	}
 	return all, nil
+}
+
+// addresses are the paths at which unix sockets listen.
+func addresses(listeners []net.Listener) (paths []string) {
+	for _, l := range listeners {
+		paths = append(paths, l.Addr().String())
+	}
+	return paths
 }
 
 // local is what uses images on the node itself: containerd's snapshotters, and
