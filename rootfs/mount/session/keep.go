@@ -54,7 +54,10 @@ func Resume(file string, fuse *os.File, log *slog.Logger) (*Session, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("resume session: %w", err), fuse.Close())
 	}
-	s := &Session{dir: k.Dir, id: k.ID, mode: k.Mode, offer: k.Offer, fuse: fuse, log: log, workers: k.Workers, pending: k.Pending}
+	// The supervisor before wrote the file when it began. If it was killed, its
+	// workers are not counted; it had one at least, which took requests along.
+	workers := max(k.Workers, 1)
+	s := &Session{dir: k.Dir, id: k.ID, mode: k.Mode, offer: k.Offer, fuse: fuse, log: log, workers: workers, pending: k.Pending}
 	if s.Ended() {
 		return nil, errors.Join(fmt.Errorf("resume session %s: %w", s.dir, ErrEnded), fuse.Close())
 	}

@@ -148,3 +148,27 @@ func aborted(t *testing.T) *os.File {
 	t.Cleanup(func() { _ = f.Close() })
 	return f
 }
+
+// A supervisor that was killed has not written down its workers. The next one
+// must ask for what they took with them.
+func TestResumeAfterKill(t *testing.T) {
+	s := open(t, Auto)
+	file := filepath.Join(t.TempDir(), "session.json")
+	if err := s.keep(file); err != nil {
+		t.Fatal(err)
+	}
+	fuse, err := s.Descriptor()
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := Resume(file, fuse, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if next.workers != 1 {
+		t.Errorf("%d workers before", next.workers)
+	}
+	if err := next.leave(); err != nil {
+		t.Error(err)
+	}
+}
