@@ -47,13 +47,18 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 		return errors.Join(err, fuse.Close())
 	}
 	defer sockets.close()
+	readies, err := relayReady(log)
+	if err != nil {
+		return errors.Join(err, fuse.Close())
+	}
+	defer readies.Close()
 	keep := ""
 	if store(fuse, log) {
 		keep = sessionFile(cfg)
 	}
 	return session.Supervise(ctx, session.SuperviseConfig{
 		// By its path, not /proc/self/exe: an upgrade puts another program there.
-		Session: fuse, Command: append([]string{program}, args...), ExtraFiles: sockets.files,
+		Session: fuse, Command: append([]string{program}, args...), ExtraFiles: append(sockets.files, readies),
 		Restart: hangups(ctx, cfg, args, log), Keep: keep, Log: log,
 		Cleanup: func(context.Context) error { return mount.Clean(cfg.State, log) },
 	})
@@ -72,12 +77,8 @@ func openSession(cfg config.Config, log *slog.Logger) (*session.Session, error) 
 	if err := mount.Clean(cfg.State, log); err != nil {
 		log.Warn("clean up after an earlier tatami-host", "error", err)
 	}
-	return session.Open(session.Config{Dir: sessionDir(cfg), Mode: session.Mode(sessionMode), Log: log})
+	return session.Open(session.Config{Dir: sessionDir(cfg), Mode: sessionMode(), Log: log})
 }
-
-// sessionMode, if not empty, is the mode of the session instead of what the
-// kernel can do. Tests build the program with it (go build -ldflags -X).
-var sessionMode string
 
 // sockets are what containerd and tools connect to; connections wait in the
 // kernel while there is no worker.

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
@@ -30,7 +31,13 @@ func runWorker(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	listeners, err := inheritedListeners(link.Extra())
+	extra := link.Extra() // as in supervise
+	if len(extra) == 0 {
+		return errors.Join(fmt.Errorf("a worker of tatami-host is started by its supervisor only: %w", errdefs.ErrFailedPrecondition), link.Close())
+	}
+	readies := extra[len(extra)-1]
+	defer readies.Close()
+	listeners, err := inheritedListeners(extra[:len(extra)-1])
 	if err == nil {
 		// The supervisor may have read the settings before they were changed.
 		err = sameSockets(addresses(listeners), socketPaths(cfg))
@@ -38,7 +45,7 @@ func runWorker(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return errors.Join(err, link.Close())
 	}
-	beside := service.Beside{Control: listeners[0], Ready: ready, Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
+	beside := service.Beside{Control: listeners[0], Ready: func() { sayReady(readies, log) }, Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
 		return openLocal(ctx, cfg, n, link, listeners[1:], log)
 	}}
 	return errors.Join(service.Run(ctx, cfg, beside, log), link.Close())
@@ -82,7 +89,7 @@ type local struct {
 
 func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *session.Link, listeners []net.Listener, log *slog.Logger) (_ *local, err error) {
 	l := &local{cfg: cfg, log: log, listeners: listeners, reads: make(chan error, 1)}
-	if l.mounter, err = mount.New(mount.Config{StateDir: cfg.State, Link: link, Log: log}); err != nil {
+	if l.mounter, err = mount.New(mount.Config{StateDir: cfg.State, Link: link, Prefer: mountPath(), Log: log}); err != nil {
 		return nil, err
 	}
 	images, err := mounts.New(mounts.Config{Node: n, Mounter: l.mounter, Dir: cfg.State, Log: log})
