@@ -47,10 +47,11 @@ func TestMain(m *testing.M) {
 
 var (
 	buildMu sync.Mutex
-	built   = map[session.Mode]string{} // directories of programs; protected by buildMu
+	built   = map[session.Mode]string{} // directories of programs, by session; protected by buildMu
 )
 
-// program is tatami-host, built for this test, with a session in the mode.
+// program is tatami-host, built for this test: with Journal as on an old kernel,
+// which also mounts by loop devices.
 func program(t *testing.T, mode session.Mode) string {
 	t.Helper()
 	buildMu.Lock()
@@ -61,8 +62,9 @@ func program(t *testing.T, mode session.Mode) string {
 	dir, err := os.MkdirTemp("", "tatami-host-")
 	check(t, err)
 	built[mode] = dir
+	old := map[session.Mode]string{session.Journal: "yes"}[mode]
 	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "tatami-host"),
-		"-ldflags", "-X github.com/tatami-containers/tatami/host/daemon.sessionMode="+string(mode), "../cmd/tatami-host")
+		"-ldflags", "-X github.com/tatami-containers/tatami/host/daemon.oldKernel="+old, "../cmd/tatami-host")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
@@ -109,6 +111,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 type host struct {
 	t    *testing.T
 	dir  string // of everything, short
+	run  string // the state directory
 	view string // before a path of the node, to see it from here
 	reg  *registrytest.Server
 
@@ -122,7 +125,7 @@ func newHost(t *testing.T, mode session.Mode, snapshotters string) *host {
 	needRoot(t)
 	dir, err := os.MkdirTemp("/tmp", "host") //nolint:usetesting // short: sockets are below
 	check(t, err)
-	h := &host{t: t, dir: dir, reg: registrytest.Start(t, registrytest.Options{}), program: program(t, mode)}
+	h := &host{t: t, dir: dir, run: filepath.Join(dir, "state"), reg: registrytest.Start(t, registrytest.Options{}), program: program(t, mode)}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("tatami-host:\n%s", h.log())
@@ -136,12 +139,11 @@ func newHost(t *testing.T, mode session.Mode, snapshotters string) *host {
 
 func (h *host) configure(snapshotters string) {
 	h.t.Helper()
-	text := fmt.Sprintf("version = 1\nroot = %q\nstate = %q\n[log]\nlevel = \"debug\"\nformat = \"text\"\n%s", h.root(), h.state(), snapshotters)
+	text := fmt.Sprintf("version = 1\nroot = %q\nstate = %q\n[log]\nlevel = \"debug\"\nformat = \"text\"\n%s", h.root(), h.run, snapshotters)
 	check(h.t, os.WriteFile(h.settings(), []byte(text), 0o600))
 }
 
 func (h *host) root() string     { return filepath.Join(h.dir, "root") }
-func (h *host) state() string    { return filepath.Join(h.dir, "state") }
 func (h *host) settings() string { return filepath.Join(h.dir, "host.toml") }
 
 func (h *host) log() string {
@@ -341,7 +343,7 @@ type client struct {
 
 func (h *host) snapshotter(name string) *client {
 	h.t.Helper()
-	conn, err := grpc.NewClient("unix:"+h.view+filepath.Join(h.state(), name+".sock"),
+	conn, err := grpc.NewClient("unix:"+h.view+filepath.Join(h.run, name+".sock"),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1.6, MaxDelay: 200 * time.Millisecond}}))
 	check(h.t, err)

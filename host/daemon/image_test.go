@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -54,8 +55,22 @@ func (i image) file(n int) (name string, seed uint64) {
 	return fmt.Sprintf("f%02d", n), i.seed<<8 + uint64(n)
 }
 
-// push adds an image to the registry.
+// push adds an image to the registry, of which a node has all when it is prepared.
 func (h *host) push(name string, seed uint64) image {
+	return h.pushAs(name, seed, func(tarball []byte) (registrytest.Layer, error) {
+		return registrytest.GzipLevel(tarball, gzip.BestSpeed)
+	})
+}
+
+// pushSlow adds an image of which a file is fetched when it is read, which takes
+// the registry slowness.
+func (h *host) pushSlow(name string, seed uint64) image {
+	return h.pushAs(name, seed, func(tarball []byte) (registrytest.Layer, error) { return registrytest.EStargz(tarball) })
+}
+
+const slowness = 2 * time.Second
+
+func (h *host) pushAs(name string, seed uint64, compress func([]byte) (registrytest.Layer, error)) image {
 	h.t.Helper()
 	i := image{ref: h.reg.Host() + "/" + name + ":v1", seed: seed}
 	var pushed registrytest.Image
@@ -66,7 +81,7 @@ func (h *host) push(name string, seed uint64) image {
 			name, seed := i.file(n*files + m)
 			entries = append(entries, registrytest.File(name, 0o644, noise(seed)))
 		}
-		l := registrytest.Must(registrytest.GzipLevel(registrytest.Must(registrytest.Tar(entries...)), gzip.BestSpeed))
+		l := registrytest.Must(compress(registrytest.Must(registrytest.Tar(entries...))))
 		pushed.Layers, ids = append(pushed.Layers, l), append(ids, l.DiffID)
 	}
 	i.manifest = h.reg.PushImage(name, "v1", pushed).Desc.Digest
@@ -113,10 +128,20 @@ func (s *client) run(key string, i image) []mount.Mount {
 // returns where.
 func (h *host) container(key string, s *client, i image) string {
 	h.t.Helper()
+	return h.mountHere(key, s.run(key, i))
+}
+
+func (h *host) mountHere(key string, mounts []mount.Mount) string {
+	h.t.Helper()
 	root := filepath.Join(h.dir, "containers", key)
-	must(h.t, os.MkdirAll(root, 0o700), mount.All(s.run(key, i), root))
+	must(h.t, os.MkdirAll(root, 0o700), mount.All(mounts, root))
 	h.t.Cleanup(func() { _ = mount.UnmountAll(root, unix.MNT_DETACH) }) // again, when the test has failed
 	return root
+}
+
+func (h *host) unmountHere(key string) {
+	h.t.Helper()
+	check(h.t, mount.UnmountAll(filepath.Join(h.dir, "containers", key), 0))
 }
 
 // verify reads a file of an image, all of it from where it is kept, compares,
@@ -214,4 +239,41 @@ func dialUnix(path string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience/6)
 	defer cancel()
 	return new(net.Dialer).DialContext(ctx, "unix", path)
+}
+
+// slow makes containers whose images are fetched while they are read.
+type slow struct {
+	h       *host
+	s       *client
+	mount   func(key string, mounts []mount.Mount) (root string)
+	unmount func(key string)
+	n       int // containers so far
+}
+
+// during does something while a read waits for the registry. The read has to
+// succeed.
+func (w *slow) during(what string, do func()) {
+	w.h.t.Helper()
+	w.n++
+	key := fmt.Sprintf("slow%d", w.n)
+	img := w.h.pushSlow(key, uint64(100+w.n))
+	w.s.pull(img)
+	root := w.mount(key, w.s.run(key, img))
+	defer w.h.reg.Fault("/"+key+"/blobs/", 0, registrytest.Delay(slowness))()
+	before := len(w.h.reg.Requests("/" + key + "/blobs/"))
+	read := make(chan error, 1)
+	go func() { read <- img.verify(root, 0) }()
+	eventually(w.h.t, "the registry is asked for a file", func() bool { return len(w.h.reg.Requests("/"+key+"/blobs/")) > before })
+	do()
+	select {
+	case err := <-read:
+		if err != nil {
+			w.h.t.Errorf("read during %s: %v", what, err)
+		}
+	case <-time.After(patience):
+		w.h.t.Fatalf("a read hangs since %s", what)
+	}
+	w.unmount(key)
+	w.s.remove(key)
+	w.s.removeImage(img)
 }

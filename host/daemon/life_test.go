@@ -34,13 +34,16 @@ func TestWorkersComeAndGo(t *testing.T) {
 		must(t, os.WriteFile(filepath.Join(root, "own"), []byte("x"), 0o600))
 		r := img.startReaders(t, root, 6)
 		r.progress(20)
+		slow := &slow{h: h, s: s, mount: h.mountHere, unmount: h.unmountHere}
 		pid := h.awaitWorker(0)
 		for n := range 6 {
-			if n%2 == 0 {
-				check(t, syscall.Kill(pid, syscall.SIGKILL))
-			} else {
-				check(t, h.cmd.Process.Signal(syscall.SIGHUP))
-			}
+			slow.during("the end of a worker", func() {
+				if n%2 == 0 {
+					check(t, syscall.Kill(pid, syscall.SIGKILL))
+				} else {
+					check(t, h.cmd.Process.Signal(syscall.SIGHUP))
+				}
+			})
 			h.view1(s, img, fmt.Sprintf("v%d", n))
 			pid = h.awaitWorker(pid)
 			r.progress(20)
@@ -49,7 +52,7 @@ func TestWorkersComeAndGo(t *testing.T) {
 			t.Error("no read reached the last worker")
 		}
 		r.finish()
-		check(t, mount.UnmountAll(root, 0))
+		h.unmountHere("c1")
 		s.remove("c1")
 		h.end(syscall.SIGTERM)
 		h.checkNothingLeft()

@@ -36,7 +36,7 @@ func TestStatusTellsFallback(t *testing.T) {
 	check(t, s.Commit(s.ctx(), bad.chain[0].String(), "k8s.io/0/extract-0 "+bad.chain[0].String()))
 	st := h.status().Snapshotters
 	if len(st) != 2 || st[0].Name != "share" || st[0].Mode != "share" || st[0].LazyLayers != layers ||
-		st[0].Socket != filepath.Join(h.state(), "share.sock") || st[1].Name != "block" || st[1].Mode != "block" {
+		st[0].Socket != filepath.Join(h.run, "share.sock") || st[1].Name != "block" || st[1].Mode != "block" {
 		t.Fatalf("status %v", st)
 	}
 	if c := find(st[0], "c1"); c == nil || c.Kind != "active" || c.Mode != "share" || c.Reason != "" || c.Reference != img.ref || c.ManifestDigest != img.manifest.String() {
