@@ -17,6 +17,7 @@ import (
 
 	"github.com/tatami-containers/tatami/host/config"
 	"github.com/tatami-containers/tatami/host/service"
+	"github.com/tatami-containers/tatami/rootfs/mount"
 	"github.com/tatami-containers/tatami/rootfs/mount/session"
 )
 
@@ -28,9 +29,28 @@ func Run(ctx context.Context, cfg config.Config, args []string, log *slog.Logger
 	case len(cfg.Snapshotters) > 0:
 		return supervise(ctx, cfg, args, log.With("role", "supervisor"))
 	}
-	return service.Run(ctx, cfg, service.Beside{Ready: ready}, log)
+	return service.Run(ctx, cfg, service.Beside{Ready: func() { ready(log) }}, log)
 }
 
 // Files in the state directory, beside those of packages mount and mounts.
 func sessionDir(cfg config.Config) string  { return filepath.Join(cfg.State, "fuse") }
 func sessionFile(cfg config.Config) string { return filepath.Join(cfg.State, "fuse.json") }
+
+// oldKernel, if not empty, makes the program do without what the kernel has
+// since Linux 6.9 and 6.12, resent FUSE requests and EROFS on files. Tests set it
+// (go build -ldflags -X).
+var oldKernel string
+
+func sessionMode() session.Mode {
+	if oldKernel != "" {
+		return session.Journal
+	}
+	return session.Auto
+}
+
+func mountPath() mount.Path {
+	if oldKernel != "" {
+		return mount.LoopPath
+	}
+	return mount.FilePath
+}

@@ -60,9 +60,38 @@ func unstore(log *slog.Logger) {
 }
 
 // ready tells systemd, if there is one, that everything serves.
-func ready() {
+func ready(log *slog.Logger) {
 	if err := notify("READY=1"); err != nil && !errors.Is(err, errNoManager) {
-		slog.Warn("systemd cannot be told that tatami-host is ready", "error", err)
+		log.Warn("systemd cannot be told that tatami-host is ready", "error", err)
+	}
+}
+
+// relayReady returns a pipe's end for workers to say in that they are ready, and
+// passes that on. A service manager listens to the service's main process only,
+// unless it is told to believe every process of the service (NotifyAccess= in
+// systemd.service(5)), also those that workers run.
+func relayReady(log *slog.Logger) (*os.File, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("make pipe to workers: %w", err)
+	}
+	go func() { // ends when no process has w any more
+		defer r.Close()
+		var b [1]byte
+		for {
+			if n, err := r.Read(b[:]); n == 0 || err != nil {
+				return
+			}
+			ready(log)
+		}
+	}()
+	return w, nil
+}
+
+// sayReady tells the supervisor's relayReady.
+func sayReady(w *os.File, log *slog.Logger) {
+	if _, err := w.Write([]byte{1}); err != nil {
+		log.Warn("the supervisor cannot be told that the worker is ready", "error", err)
 	}
 }
 
@@ -75,18 +104,19 @@ func notify(state string, fds ...int) error {
 	if path == "" {
 		return errNoManager
 	}
-	// Package net sends no descriptors over a connected datagram socket.
-	socket, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("notify service manager: %w", err)
 	}
-	defer unix.Close(socket)
+	defer unix.Close(fd)
 	var rights []byte
 	if len(fds) > 0 {
 		rights = unix.UnixRights(fds...)
 	}
-	if err := unix.Sendmsg(socket, []byte(state), rights, &unix.SockaddrUnix{Name: path}, 0); err != nil {
-		return fmt.Errorf("notify service manager: %w", err)
+	// Not by package net, which sends no descriptors from a connected datagram
+	// socket. A name that begins with "@" is abstract there as here.
+	if err := unix.Sendmsg(fd, []byte(state), rights, &unix.SockaddrUnix{Name: path}, 0); err != nil {
+		return fmt.Errorf("notify service manager: send to %s: %w", path, err)
 	}
 	return nil
 }

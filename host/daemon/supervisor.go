@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/host/config"
+	"github.com/tatami-containers/tatami/host/service"
 	"github.com/tatami-containers/tatami/protocols/vsock"
 	"github.com/tatami-containers/tatami/rootfs/mount"
 	"github.com/tatami-containers/tatami/rootfs/mount/session"
@@ -26,18 +27,28 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 	if err := os.MkdirAll(cfg.State, 0o711); err != nil { //nolint:gosec // containerd's sockets are in it
 		return fmt.Errorf("make state directory: %w", err)
 	}
+	// Before anything is cleaned up: it may be in use.
+	lock, err := service.Lock(filepath.Join(cfg.State, "supervisor.lock"), cfg.Socket)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	// Its path, not /proc/self/exe: after an upgrade another program is there.
 	self, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find the program of workers: %w", err)
 	}
-	// The sockets first: without them the mounts of before stay as they are,
-	// and another tatami-host that serves them has its mounts.
+	// The sockets first: without them the mounts of before stay as they are.
 	sockets, err := listen(cfg)
 	if err != nil {
 		return err
 	}
 	defer sockets.close()
+	readies, err := relayReady(log)
+	if err != nil {
+		return err
+	}
+	defer readies.Close()
 	fuse, err := openSession(cfg, log)
 	if err != nil {
 		return err
@@ -46,9 +57,11 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 	if store(fuse, log) {
 		keep = sessionFile(cfg)
 	}
-	command := append([]string{self}, args...)
+	// What the supervisor holds belongs to these three; settings that name others
+	// by now count after a restart.
+	command := slices.Concat([]string{self}, args, []string{"--root", cfg.Root, "--state", cfg.State, "--socket", cfg.Socket})
 	return session.Supervise(ctx, session.SuperviseConfig{
-		Session: fuse, Command: command, ExtraFiles: sockets.files,
+		Session: fuse, Command: command, ExtraFiles: append(sockets.files, readies),
 		Restart: reloads(ctx, command, log), Keep: keep, Log: log,
 		Cleanup: func(context.Context) error { return mount.Clean(cfg.State, log) },
 	})
@@ -68,7 +81,7 @@ func openSession(cfg config.Config, log *slog.Logger) (*session.Session, error) 
 	if err := mount.Clean(cfg.State, log); err != nil {
 		log.Warn("clean up after an earlier tatami-host", "error", err)
 	}
-	return session.Open(session.Config{Dir: sessionDir(cfg), Log: log})
+	return session.Open(session.Config{Dir: sessionDir(cfg), Mode: sessionMode(), Log: log})
 }
 
 // sockets are what containerd and tools connect to; connections wait in the
@@ -80,17 +93,22 @@ type sockets struct {
 
 func listen(cfg config.Config) (*sockets, error) {
 	s := &sockets{}
-	paths := []string{cfg.Socket}
-	for _, sn := range cfg.Snapshotters {
-		paths = append(paths, sn.Socket)
-	}
-	for _, path := range paths {
+	for _, path := range socketPaths(cfg) {
 		if err := s.add(path); err != nil {
 			s.close()
 			return nil, fmt.Errorf("open socket: %w", err)
 		}
 	}
 	return s, nil
+}
+
+// socketPaths lists the control socket, then one for each snapshotter.
+func socketPaths(cfg config.Config) []string {
+	paths := []string{cfg.Socket}
+	for _, sn := range cfg.Snapshotters {
+		paths = append(paths, sn.Socket)
+	}
+	return paths
 }
 
 func (s *sockets) add(path string) error {
@@ -142,7 +160,7 @@ func reloads(ctx context.Context, command []string, log *slog.Logger) <-chan str
 			case <-ctx.Done():
 				return
 			}
-			if err := check(ctx, command); err != nil {
+			if err := checkSettings(ctx, command); err != nil {
 				log.Error("not reloaded; the worker goes on with the settings that it has", "error", err)
 				continue
 			}
@@ -156,7 +174,7 @@ func reloads(ctx context.Context, command []string, log *slog.Logger) <-chan str
 	return restart
 }
 
-func check(ctx context.Context, command []string) error {
+func checkSettings(ctx context.Context, command []string) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	args := slices.Concat(command[1:], []string{"--check"})

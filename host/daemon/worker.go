@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
@@ -30,14 +31,17 @@ func runWorker(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	sockets, err := inheritedSockets(link.Extra())
-	if err == nil && sockets[cfg.Socket] == nil {
-		err = fmt.Errorf("the control socket was %s when tatami-host was started, the settings say %s now: restart it", link.Extra()[0].Name(), cfg.Socket)
+	extra := link.Extra() // as in supervise
+	if len(extra) == 0 {
+		return errors.Join(fmt.Errorf("a worker of tatami-host is started by its supervisor only: %w", errdefs.ErrFailedPrecondition), link.Close())
 	}
+	readies := extra[len(extra)-1]
+	defer readies.Close()
+	sockets, err := inheritedSockets(extra[:len(extra)-1])
 	if err != nil {
 		return errors.Join(err, link.Close())
 	}
-	beside := service.Beside{Control: sockets[cfg.Socket], Ready: ready, Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
+	beside := service.Beside{Control: sockets[cfg.Socket], Ready: func() { sayReady(readies, log) }, Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
 		return openLocal(ctx, cfg, n, link, sockets, log)
 	}}
 	return errors.Join(service.Run(ctx, cfg, beside, log), link.Close())
@@ -76,7 +80,7 @@ type local struct {
 
 func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *session.Link, sockets map[string]net.Listener, log *slog.Logger) (_ *local, err error) {
 	l := &local{cfg: cfg, log: log, sockets: sockets, reads: make(chan error, 1)}
-	if l.mounter, err = mount.New(mount.Config{StateDir: cfg.State, Link: link, Log: log}); err != nil {
+	if l.mounter, err = mount.New(mount.Config{StateDir: cfg.State, Link: link, Prefer: mountPath(), Log: log}); err != nil {
 		return nil, err
 	}
 	images, err := mounts.New(mounts.Config{Node: n, Mounter: l.mounter, Dir: cfg.State, Log: log})

@@ -12,26 +12,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockRoot makes the node's directory and takes it for this process. When
-// another has it, the error (ErrFailedPrecondition) says which.
+// lockRoot makes the node's directory and takes it for this process.
 func lockRoot(root, socket string) (*os.File, error) {
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, fmt.Errorf("make the node's directory: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(root, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	return Lock(filepath.Join(root, "lock"), socket)
+}
+
+// Lock takes the directory that the lock file is in for this process, as long
+// as the file is open. When another tatami-host has it, the error
+// (ErrFailedPrecondition) says which: its pid and its control socket.
+func Lock(file, socket string) (*os.File, error) {
+	f, err := os.OpenFile(file, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("lock %s: %w", root, err)
+		return nil, fmt.Errorf("lock %s: %w", filepath.Dir(file), err)
 	}
 	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = fmt.Errorf("another tatami-host (%s) works on it; use that one, stop it, or choose another --root: %w",
+		err = fmt.Errorf("another tatami-host (%s) works on it; use that one, stop it, or choose other directories (settings root and state): %w",
 			owner(f), errdefs.ErrFailedPrecondition)
 	}
 	if err == nil {
 		err = sign(f, socket)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("lock %s: %w", root, err), f.Close())
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", filepath.Dir(file), err), f.Close())
 	}
 	return f, nil
 }

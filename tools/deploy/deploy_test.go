@@ -336,7 +336,7 @@ func TestUnit(t *testing.T) {
 	if found := hides.FindAllString(string(text), -1); found != nil {
 		t.Errorf("%q", found)
 	}
-	for _, want := range []string{"Type=notify", "NotifyAccess=all", "ExecReload=/bin/kill -HUP $MAINPID", "KillMode=mixed", "FileDescriptorStoreMax=", "WantedBy=multi-user.target"} {
+	for _, want := range []string{"Type=notify", "ExecReload=/bin/kill -HUP $MAINPID", "KillMode=mixed", "FileDescriptorStoreMax=", "WantedBy=multi-user.target"} {
 		if !bytes.Contains(text, []byte("\n"+want)) {
 			t.Errorf("no line %s", want)
 		}
