@@ -50,6 +50,15 @@ func store(fuse *session.Session, log *slog.Logger) bool {
 	return err == nil
 }
 
+// unstore makes systemd let go of sessions that it holds: as long as it has one,
+// readers of what was mounted there wait instead of failing, and it would be
+// passed on beside the next one.
+func unstore(log *slog.Logger) {
+	if err := notify("FDSTOREREMOVE=1\nFDNAME=" + fuseName); err != nil && !errors.Is(err, errNoManager) {
+		log.Warn("systemd may still hold an earlier FUSE session; processes that read on it hang", "error", err)
+	}
+}
+
 // ready tells systemd, if there is one, that everything serves.
 func ready(log *slog.Logger) {
 	if err := notify("READY=1"); err != nil && !errors.Is(err, errNoManager) {

@@ -74,6 +74,7 @@ func openSession(cfg config.Config, log *slog.Logger) (*session.Session, error) 
 		}
 		log.Warn("the FUSE session of before cannot be resumed; what was mounted on it is dead", "error", err)
 	}
+	unstore(log)
 	if err := mount.Clean(cfg.State, log); err != nil {
 		log.Warn("clean up after an earlier tatami-host", "error", err)
 	}
