@@ -32,7 +32,7 @@ import (
 )
 
 // patience bounds every wait; nothing here is to take so long.
-const patience = time.Minute
+const patience = 2 * time.Minute
 
 func TestMain(m *testing.M) {
 	if role := os.Getenv(roleEnv); role != "" {
@@ -59,7 +59,7 @@ func program(t *testing.T, mode session.Mode) string {
 	if dir, ok := built[mode]; ok {
 		return filepath.Join(dir, "tatami-host")
 	}
-	dir, err := os.MkdirTemp("", "tatami-host-")
+	dir, err := os.MkdirTemp("", "tatami-host-") //nolint:usetesting // for all tests
 	check(t, err)
 	built[mode] = dir
 	old := map[session.Mode]string{session.Journal: "yes"}[mode]

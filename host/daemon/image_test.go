@@ -68,7 +68,7 @@ func (h *host) pushSlow(name string, seed uint64) image {
 	return h.pushAs(name, seed, func(tarball []byte) (registrytest.Layer, error) { return registrytest.EStargz(tarball) })
 }
 
-const slowness = 2 * time.Second
+const slowness = time.Second
 
 func (h *host) pushAs(name string, seed uint64, compress func([]byte) (registrytest.Layer, error)) image {
 	h.t.Helper()

@@ -50,12 +50,12 @@ func store(fuse *session.Session, log *slog.Logger) bool {
 	return err == nil
 }
 
-// unstore has systemd let go of a session that cannot be resumed (FDSTOREREMOVE):
-// as long as it holds one, readers wait for answers, and the next supervisor
-// gets it beside the new one.
+// unstore makes systemd let go of sessions that it holds: as long as it has one,
+// readers of what was mounted there wait instead of failing, and it would be
+// passed on beside the next one.
 func unstore(log *slog.Logger) {
-	if err := notify("FDSTOREREMOVE=1\nFDNAME=" + fuseName); err != nil {
-		log.Warn("systemd still holds the FUSE session of before", "error", err)
+	if err := notify("FDSTOREREMOVE=1\nFDNAME=" + fuseName); err != nil && !errors.Is(err, errNoManager) {
+		log.Warn("systemd may still hold an earlier FUSE session; processes that read on it hang", "error", err)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/host/config"
@@ -57,12 +59,12 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 	if store(fuse, log) {
 		keep = sessionFile(cfg)
 	}
-	// What the supervisor holds belongs to these three; settings that name others
-	// by now count after a restart.
+	// What the supervisor holds belongs to these three, whatever the file says by
+	// the time that a worker reads it.
 	command := slices.Concat([]string{self}, args, []string{"--root", cfg.Root, "--state", cfg.State, "--socket", cfg.Socket})
 	return session.Supervise(ctx, session.SuperviseConfig{
 		Session: fuse, Command: command, ExtraFiles: append(sockets.files, readies),
-		Restart: reloads(ctx, command, log), Keep: keep, Log: log,
+		Restart: reloads(ctx, cfg, args, command, log), Keep: keep, Log: log,
 		Cleanup: func(context.Context) error { return mount.Clean(cfg.State, log) },
 	})
 }
@@ -78,6 +80,7 @@ func openSession(cfg config.Config, log *slog.Logger) (*session.Session, error) 
 		log.Warn("the FUSE session of before cannot be resumed; what was mounted on it is dead", "error", err)
 		unstore(log)
 	}
+	unstore(log)
 	if err := mount.Clean(cfg.State, log); err != nil {
 		log.Warn("clean up after an earlier tatami-host", "error", err)
 	}
@@ -151,7 +154,7 @@ const checkTimeout = 10 * time.Second
 
 // reloads asks for a new worker at each SIGHUP, if the program, as it is now,
 // can read its settings: a worker that cannot would serve nobody.
-func reloads(ctx context.Context, command []string, log *slog.Logger) <-chan struct{} {
+func reloads(ctx context.Context, cfg config.Config, args, command []string, log *slog.Logger) <-chan struct{} {
 	hangups, restart := session.Hangups(ctx), make(chan struct{})
 	go func() { // ends with ctx
 		for {
@@ -160,7 +163,11 @@ func reloads(ctx context.Context, command []string, log *slog.Logger) <-chan str
 			case <-ctx.Done():
 				return
 			}
-			if err := checkSettings(ctx, command); err != nil {
+			err := checkSettings(ctx, command)
+			if err == nil {
+				err = sameSockets(cfg, args)
+			}
+			if err != nil {
 				log.Error("not reloaded; the worker goes on with the settings that it has", "error", err)
 				continue
 			}
@@ -182,4 +189,14 @@ func checkSettings(ctx context.Context, command []string) error {
 		return fmt.Errorf("%s --check: %w: %.1000s", command[0], err, out)
 	}
 	return nil
+}
+
+// sameSockets refuses settings that need other sockets than the supervisor has.
+// A file that only a newer program understands is left to that.
+func sameSockets(cfg config.Config, args []string) error {
+	now, err := config.Parse(args, io.Discard)
+	if err != nil || now.State == cfg.State && now.Root == cfg.Root && slices.Equal(socketPaths(now), socketPaths(cfg)) {
+		return nil
+	}
+	return fmt.Errorf("the settings have another root, state, or other snapshotters than when tatami-host was started; restart it: %w", errdefs.ErrFailedPrecondition)
 }

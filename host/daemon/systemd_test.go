@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/rootfs/mount/session"
+	"github.com/tatami-containers/tatami/tests/registrytest"
 )
 
 const unitFile = "../../tools/deploy/systemd/tatami-host.service"
@@ -85,7 +87,7 @@ func newCgroup(t *testing.T) string {
 		// proc_pid_mountinfo(5): the fifth field is the mount point, "-" ends
 		// the optional ones.
 		if fields := strings.Fields(line); strings.Contains(line, " - cgroup2 ") && fields[3] == "/" {
-			dir, err := os.MkdirTemp(fields[4], "tatami-test-")
+			dir, err := os.MkdirTemp(fields[4], "tatami-test-") //nolint:usetesting // among cgroups
 			check(t, err)
 			t.Cleanup(func() { removeCgroup(t, dir) })
 			return dir
@@ -208,6 +210,7 @@ func TestService(t *testing.T) {
 		if m.tryStatus() == nil {
 			t.Error("started, but nobody answers")
 		}
+		m.restricted()
 		img, s := m.push("app", 20), m.snapshotter("share")
 		s.pull(img)
 		root := m.mount("c1", s.run("c1", img))
@@ -265,14 +268,21 @@ func (m *manager) goesOn(r *readers, s *client, img image, key string) {
 func (m *manager) killAll(r *readers, slow *slow, s *client, img image) {
 	m.t.Helper()
 	for n := range 4 {
-		main := m.property("MainPID")
-		slow.during("a kill", func() { m.systemctl("kill", "-s", "KILL", "tatami-host") })
-		eventually(m.t, "systemd starts it again", func() bool {
-			now := m.property("MainPID")
-			return now != main && now != "0" && m.property("ActiveState") == "active"
-		})
+		slow.during("a kill", m.kill)
 		m.goesOn(r, s, img, fmt.Sprintf("kill%d", n))
 	}
+}
+
+// kill kills all processes of the service and waits until systemd has started
+// it again.
+func (m *manager) kill() {
+	m.t.Helper()
+	main := m.property("MainPID")
+	m.systemctl("kill", "-s", "KILL", "tatami-host")
+	eventually(m.t, "systemd starts it again", func() bool {
+		now := m.property("MainPID")
+		return now != main && now != "0" && m.property("ActiveState") == "active"
+	})
 }
 
 // blockDisk makes a disk of mode block, with mkfs.ext4 under the unit's
@@ -310,4 +320,88 @@ func (m *manager) stopAndStart(s *client, img image) {
 	img.verifyAll(m.t, m.mount("c3", s.run("c3", img)))
 	m.unmount("c3")
 	m.systemctl("stop", "tatami-host")
+}
+
+// A session that cannot be resumed is given up: its readers get an error, and
+// the next session takes its place with systemd, too.
+func TestServiceStartsAnew(t *testing.T) {
+	for name, harm := range map[string]func(m *manager) error{
+		"no record": func(m *manager) error { return os.Remove(m.view + "/run/tatami-host/fuse.json") },
+		"aborted":   func(m *manager) error { return m.inside(m.t.Context(), "umount", "-f", "/run/tatami-host/fuse").Run() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := underSystemd(t, session.Direct, share)
+			m.systemctl("start", "tatami-host")
+			img, s := m.pushSlow("slow", 30), m.snapshotter("share")
+			s.pull(img)
+			root := m.mount("c1", s.run("c1", img))
+			defer m.reg.Fault("/slow/blobs/", 0, registrytest.Delay(slowness))()
+			before := len(m.reg.Requests("/slow/blobs/"))
+			read := make(chan error, 1)
+			go func() { read <- img.verify(root, 0) }()
+			eventually(t, "the registry is asked for a file", func() bool { return len(m.reg.Requests("/slow/blobs/")) > before })
+			_ = harm(m) // umount says that the rest of it is busy
+			m.kill()
+			select {
+			case err := <-read:
+				if err == nil {
+					t.Error("a read on a session that is over succeeded")
+				}
+			case <-time.After(patience):
+				t.Fatal("a read hangs")
+			}
+			m.unmount("c1", "-l")
+			next := m.push("app", 31)
+			s.pull(next)
+			r := next.startReaders(t, m.mount("c2", s.run("c2", next)), 2)
+			r.progress(5)
+			m.systemctl("restart", "tatami-host")
+			m.goesOn(r, s, next, "v")
+			r.finish()
+			m.unmount("c2")
+			m.systemctl("stop", "tatami-host")
+		})
+	}
+}
+
+// restricted looks at whether the unit's hardening is in force.
+func (m *manager) restricted() {
+	m.t.Helper()
+	lists, err := filepath.Glob("/proc/[0-9]*/exe")
+	check(m.t, err)
+	n := 0
+	for _, exe := range lists {
+		if path, _ := os.Readlink(exe); path != filepath.Join(m.dir, "tatami-host") { // others may end meanwhile
+			continue
+		}
+		n++
+		status := filepath.Join(filepath.Dir(exe), "status")
+		if field(m.t, status, "NoNewPrivs") != "1" || field(m.t, status, "Seccomp") != "2" {
+			m.t.Errorf("%s: no NoNewPrivileges=, or no filter of system calls", status)
+		}
+		// What CapabilityBoundingSet= has, as far as this machine has it.
+		if got, want := capabilities(m.t, status), capabilities(m.t, "/proc/self/status")&0x920003f; got != want {
+			m.t.Errorf("%s: capabilities %x, want %x", status, got, want)
+		}
+	}
+	if n != 2 {
+		m.t.Errorf("%d processes, want a supervisor and a worker", n)
+	}
+}
+
+func capabilities(t *testing.T, status string) uint64 {
+	t.Helper()
+	set, err := strconv.ParseUint(field(t, status, "CapBnd"), 16, 64)
+	check(t, err)
+	return set
+}
+
+// field reads one of proc_pid_status(5).
+func field(t *testing.T, status, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(status)
+	check(t, err)
+	_, rest, _ := strings.Cut(string(text), "\n"+name+":\t")
+	value, _, _ := strings.Cut(rest, "\n")
+	return value
 }
