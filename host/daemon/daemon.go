@@ -7,7 +7,9 @@
 //
 // Each reads the configuration for itself, from the same arguments. SIGHUP
 // replaces the worker by one of the program as it is now. Under systemd with
-// FileDescriptorStoreMax= the session also outlives the supervisor.
+// FileDescriptorStoreMax= the session also outlives the supervisor, even one that
+// is killed; where the session is session.Journal (before Linux 6.9), reads under
+// way at the kill of a supervisor never end, as its journal is lost.
 package daemon
 
 import (
