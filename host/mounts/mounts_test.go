@@ -190,7 +190,7 @@ func TestLook(t *testing.T) {
 		"files": {[]registrytest.Entry{registrytest.File("etc/passwd", 0o644, "p"), registrytest.File("etc/group", 0o644, "g")}, map[string]string{"etc/passwd": "p", "etc/group": "g"}},
 		"links": {[]registrytest.Entry{registrytest.File("usr/p", 0o644, "p"), registrytest.Symlink("etc/passwd", "/usr/p"), registrytest.Symlink("etc/group", "../../../../../../etc/group")}, map[string]string{"etc/passwd": "p"}},
 		"none":  {[]registrytest.Entry{registrytest.File("etc", 0o644, "")}, nil},
-		"odd":   {[]registrytest.Entry{registrytest.Dir("etc/passwd", 0o755), registrytest.Entry{Header: tar.Header{Typeflag: tar.TypeFifo, Name: "etc/group", Mode: 0o644}}}, nil},
+		"odd":   {[]registrytest.Entry{registrytest.Dir("etc/passwd", 0o755), {Header: tar.Header{Typeflag: tar.TypeFifo, Name: "etc/group", Mode: 0o644}}}, nil},
 		// One that no driver has: opening it fails.
 		"device": {[]registrytest.Entry{{Header: tar.Header{Typeflag: tar.TypeChar, Name: "etc/passwd", Mode: 0o644, Devmajor: 10, Devminor: 254}}}, nil},
 		"large":  {[]registrytest.Entry{registrytest.File("etc/passwd", 0o644, strings.Repeat("x", maxLook+1)), registrytest.File("etc/group", 0o644, "g")}, map[string]string{"etc/group": "g"}},
