@@ -22,6 +22,9 @@ type Snapshotter struct {
 	Allow []string `toml:"allow"`
 	// Fallback lists the modes to try in order for images that Mode cannot serve.
 	Fallback []string `toml:"fallback"`
+	// ChainIDs is "claimed" or "verified": what it takes for a layer to be served
+	// lazily.
+	ChainIDs string `toml:"chain_ids"`
 	// UpperSize is the disk for writes in mode block; "0" has none.
 	UpperSize Size `toml:"upper_size"`
 }
@@ -84,6 +87,12 @@ func (s *Snapshotter) check(state string) error {
 	}
 	if !filepath.IsAbs(s.Socket) || len(s.Socket) > maxUnixPath {
 		return fmt.Errorf("socket %q: give an absolute path of at most %d bytes", s.Socket, maxUnixPath)
+	}
+	if s.ChainIDs == "" {
+		s.ChainIDs = "claimed"
+	}
+	if s.ChainIDs != "claimed" && s.ChainIDs != "verified" {
+		return fmt.Errorf("chain_ids %q: give claimed or verified", s.ChainIDs)
 	}
 	for _, m := range slices.Concat([]string{s.Mode}, s.Allow, s.Fallback) {
 		if !slices.Contains(modes, m) {

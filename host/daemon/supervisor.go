@@ -64,7 +64,7 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 	command := slices.Concat([]string{self}, args, []string{"--root", cfg.Root, "--state", cfg.State, "--socket", cfg.Socket})
 	return session.Supervise(ctx, session.SuperviseConfig{
 		Session: fuse, Command: command, ExtraFiles: append(sockets.files, readies),
-		Restart: reloads(ctx, cfg, args, command, log), Keep: keep, Log: log,
+		Restart: reloads(ctx, cfg, args, command, log), Keep: keep, Polite: true, Log: log,
 		Cleanup: func(context.Context) error { return mount.Clean(cfg.State, log) },
 	})
 }

@@ -113,7 +113,7 @@ func (l *local) openSnapshotters(ctx context.Context, images *mounts.Mounts) err
 	for _, c := range l.cfg.Snapshotters {
 		s, err := snapshotter.Open(ctx, snapshotter.Config{
 			Root: filepath.Join(root, c.Name), Name: c.Name, Mode: snapshotter.Mode(c.Mode),
-			Allow: modes(c.Allow), Fallback: modes(c.Fallback), UpperSize: int64(c.UpperSize),
+			Allow: modes(c.Allow), Fallback: modes(c.Fallback), UpperSize: int64(c.UpperSize), Verified: c.ChainIDs == "verified",
 			MountHelper: l.cfg.MountHelper, Images: images, Owners: l.owners, Log: l.log.With("snapshotter", c.Name),
 		})
 		if err != nil {

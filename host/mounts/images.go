@@ -23,6 +23,11 @@ func (m *Mounts) Prepare(ctx context.Context, ref string, manifest digest.Digest
 	return p.DiffIDs()
 }
 
+// Verified implements snapshotter.Images.
+func (m *Mounts) Verified(_ context.Context, manifest digest.Digest) (bool, error) {
+	return m.cfg.Node.Verified(manifest)
+}
+
 // Usage implements snapshotter.Images.
 func (m *Mounts) Usage(ctx context.Context, c snapshotter.Chain) (int64, error) {
 	return m.cfg.Node.LayerUsage(ctx, c.Reference, c.Manifest, c.Layers-1)

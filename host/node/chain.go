@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -68,6 +69,19 @@ func (p *Prepared) DiffIDs() ([]digest.Digest, error) {
 		return nil, fmt.Errorf("configuration of image %s: %w: %w", p.Manifest, err, errdefs.ErrInvalidArgument)
 	}
 	return config.RootFS.DiffIDs, nil
+}
+
+// Verified says whether the node has made all layer indexes of an image from
+// their blobs: then it has compared their diffIDs with those of the image's
+// configuration. A table of contents of the publisher cannot be held against a
+// diffID before the whole layer is there. ErrNotFound when the image is not on
+// the node.
+func (n *Node) Verified(manifest digest.Digest) (bool, error) {
+	r, ok := n.known(manifest)
+	if !ok {
+		return false, fmt.Errorf("image %s: %w", manifest, errdefs.ErrNotFound)
+	}
+	return !slices.ContainsFunc(r.Layers, func(l layerRecord) bool { return l.By != "" }), nil
 }
 
 // File is an image as one address space, and the right to read it.

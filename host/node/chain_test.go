@@ -106,6 +106,21 @@ func TestPrepareManifest(t *testing.T) {
 	}
 }
 
+// What the node has made an index of itself is verified.
+func TestVerified(t *testing.T) {
+	g := newRig(t)
+	g.push("built:v1", tree{"a": "1"}.gzip(t))
+	g.push("toc:v1", tree{"a": "1"}.gzip(t), tree{"b": "2"}.estargz(t))
+	for name, want := range map[string]bool{"built:v1": true, "toc:v1": false} {
+		if got, err := g.Verified(g.prepare(t, name).Manifest); err != nil || got != want {
+			t.Errorf("%s: %v %v", name, got, err)
+		}
+	}
+	if _, err := g.Verified(digest.FromString("another")); !errdefs.IsNotFound(err) {
+		t.Errorf("an image that is not there: %v", err)
+	}
+}
+
 // Usage follows what is kept, and counts a layer that stands twice once.
 func TestLayerUsage(t *testing.T) {
 	g := newRig(t)

@@ -52,6 +52,11 @@ type Config struct {
 	// Fallback lists the modes to try, in order, when one cannot serve an
 	// image. Without Full an image that cannot be served lazily is an error.
 	Fallback []Mode
+	// Verified serves an image lazily only if the node has held all its layers
+	// against their diffIDs. containerd takes layers of equal chain ID for the
+	// same, whoever published them: what is mounted for one image may be that of
+	// another which only claims its diffIDs.
+	Verified bool
 	// UpperSize is the size in bytes of the ext4 image for writes in block
 	// mode, a sparse file. 0: none, the guest keeps writes in its memory.
 	UpperSize int64

@@ -39,6 +39,9 @@ type Images interface {
 	// image do the work once. ErrNotImplemented or ErrFailedPrecondition, with
 	// the reason, when the image cannot be served lazily.
 	Prepare(ctx context.Context, ref string, manifest digest.Digest) (diffIDs []digest.Digest, err error)
+	// Verified says whether the diffID of every layer of a prepared image was
+	// computed from its blob.
+	Verified(ctx context.Context, manifest digest.Digest) (bool, error)
 	// Mount returns the absolute path of a directory at which the chain is
 	// mounted read-only. The mount lives until holder is released. Called
 	// again, also after a restart of the machine, it gives what is there or

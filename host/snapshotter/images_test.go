@@ -35,6 +35,7 @@ type dirImage struct {
 	DiffIDs []digest.Digest
 	Files   []map[string]string // by layer: path and content
 	Lazy    string              // why it cannot be served lazily; "" when it can
+	TOC     bool                // its diffIDs are not verified
 }
 
 func newDirImages(t testing.TB, root string) *dirImages {
@@ -52,8 +53,18 @@ func newDirImages(t testing.TB, root string) *dirImages {
 // files are the same layer.
 func (d *dirImages) publish(t testing.TB, lazy string, layers ...map[string]string) (manifest digest.Digest) {
 	t.Helper()
-	i := dirImage{Files: layers, Lazy: lazy}
-	for _, l := range layers {
+	return d.add(t, dirImage{Files: layers, Lazy: lazy})
+}
+
+// publishTOC makes an image whose diffIDs cannot be verified.
+func (d *dirImages) publishTOC(t testing.TB, layers ...map[string]string) digest.Digest {
+	t.Helper()
+	return d.add(t, dirImage{Files: layers, TOC: true})
+}
+
+func (d *dirImages) add(t testing.TB, i dirImage) (manifest digest.Digest) {
+	t.Helper()
+	for _, l := range i.Files {
 		text, err := json.Marshal(l)
 		if err != nil {
 			t.Fatal(err)
@@ -104,6 +115,11 @@ func (d *dirImages) Prepare(ctx context.Context, _ string, manifest digest.Diges
 		return nil, fmt.Errorf("%s: %w", i.Lazy, errdefs.ErrNotImplemented)
 	}
 	return i.DiffIDs, os.WriteFile(d.prepared(manifest), nil, 0o600)
+}
+
+func (d *dirImages) Verified(_ context.Context, manifest digest.Digest) (bool, error) {
+	i, err := d.image(manifest)
+	return err == nil && !i.TOC, err
 }
 
 func (d *dirImages) Mount(ctx context.Context, holder string, c Chain) (string, error) {

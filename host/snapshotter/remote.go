@@ -72,7 +72,7 @@ func (s *Snapshotter) serve(ctx context.Context, r *request) (err error) {
 		}
 	}()
 	s.cfg.step("owned")
-	diffIDs, err := s.cfg.Images.Prepare(ctx, ref, manifest)
+	diffIDs, err := s.refusals.ask(ctx, use{ref, manifest}, func() ([]digest.Digest, error) { return s.prepareImage(ctx, ref, manifest) })
 	if err != nil {
 		return errLazy{err}
 	}
@@ -83,6 +83,20 @@ func (s *Snapshotter) serve(ctx context.Context, r *request) (err error) {
 	s.cfg.step("prepared")
 	kept, err = s.insertRemote(ctx, r, chain)
 	return err
+}
+
+// prepareImage has the node prepare an image, and looks at what its chain IDs
+// are worth if that is asked for.
+func (s *Snapshotter) prepareImage(ctx context.Context, ref string, manifest digest.Digest) ([]digest.Digest, error) {
+	diffIDs, err := s.cfg.Images.Prepare(ctx, ref, manifest)
+	if err != nil || !s.cfg.Verified {
+		return diffIDs, err
+	}
+	verified, err := s.cfg.Images.Verified(ctx, manifest)
+	if err == nil && !verified {
+		err = fmt.Errorf("layers of image %s have a table of contents by their publisher, which cannot be held against the diffIDs before all is read (setting chain_ids): %w", manifest, errdefs.ErrFailedPrecondition)
+	}
+	return diffIDs, err
 }
 
 // chainIDs names each layer with all below it.

@@ -110,6 +110,33 @@ func TestNoFallback(t *testing.T) {
 	g.checkEmpty(t)
 }
 
+// The node is asked once for an image that it cannot prepare, not once a layer.
+func TestRefusedOnce(t *testing.T) {
+	g := newRig(t, Share)
+	manifest := g.images.publish(t, "it is encrypted", tree{"a": "1"}, tree{"b": "2"}, tree{"c": "3"})
+	p := g.pull(t, "k8s.io", ref, manifest)
+	if n := g.images.asked.Load(); n != 1 {
+		t.Errorf("asked %d times", n)
+	}
+	if e := g.entry(t, p.top()); !strings.Contains(e.Reason, "it is encrypted") {
+		t.Errorf("%+v", e)
+	}
+}
+
+// Where chain IDs must be verified, an image whose publisher made the table of
+// contents is unpacked, and another one stays lazy.
+func TestVerifiedChainIDs(t *testing.T) {
+	g := newRig(t, Share, func(c *Config) { c.Verified = true })
+	built := g.pull(t, "k8s.io", ref, g.images.publish(t, "", tree{"a": "1"}))
+	if e := g.entry(t, built.top()); e.Chain.Manifest != built.manifest || e.Reason != "" {
+		t.Errorf("%+v", e)
+	}
+	toc := g.pull(t, "k8s.io", ref, g.images.publishTOC(t, tree{"b": "1"}))
+	if e := g.entry(t, toc.top()); e.Chain.Manifest != "" || !strings.Contains(e.Reason, "table of contents by their publisher") {
+		t.Errorf("%+v", e)
+	}
+}
+
 // A container whose mode fails gets the next one.
 func TestContainerFallback(t *testing.T) {
 	g := newRig(t, Block, func(c *Config) { c.UpperSize = 64 << 20 })

@@ -36,6 +36,8 @@ type Snapshotter struct {
 	mkfs    string   // path of mkfs.ext4; "" when it is not needed
 	overlay []string // options of every overlay mount
 
+	refusals refusals
+
 	// links is held while a link in a snapshot's directory is replaced, with
 	// the record looked at, and while the directory of one without a record is
 	// put aside.

@@ -30,9 +30,12 @@ type SuperviseConfig struct {
 	Stderr     *os.File
 	// Grace is how long a worker may take to end after SIGTERM; 0 means 20 s.
 	Grace time.Duration
-	// Restart replaces the worker, for an upgrade: it is killed, and the next
-	// one goes on. May be nil.
+	// Restart replaces the worker, for an upgrade: it is killed, unless Polite,
+	// and the next one goes on. May be nil.
 	Restart <-chan struct{}
+	// Polite restarts by SIGTERM and Grace, for workers that answer more than
+	// the session: calls under way end as they should.
+	Polite bool
 	// Cleanup runs when the last worker has ended and before the session is
 	// unmounted, under a context of its own. It undoes what the worker left,
 	// and must not read anything that lies on the session. May be nil.
@@ -170,8 +173,12 @@ func (s *supervisor) watch(ctx context.Context, w *worker) (stop bool, err error
 			return s.ended(w)
 		case <-s.Restart:
 			s.Log.Info("worker is replaced", "pid", w.pid())
-			w.signal(syscall.SIGKILL)
-			<-w.gone
+			if s.Polite {
+				s.terminate(w)
+			} else {
+				w.signal(syscall.SIGKILL)
+				<-w.gone
+			}
 			return s.ended(w)
 		case <-ctx.Done():
 			s.terminate(w)
