@@ -95,6 +95,9 @@ var containerdKeys = map[string][]string{
 		"plugins/io.containerd.cri.v1.images/disable_snapshot_annotations",
 		"plugins/io.containerd.cri.v1.images/discard_unpacked_layers",
 		"plugins/io.containerd.cri.v1.images/runtime_platforms/*/snapshotter",
+		"plugins/io.containerd.transfer.v1.local/unpack_config/platform", // plugins/transfer/plugin.go
+		"plugins/io.containerd.transfer.v1.local/unpack_config/snapshotter",
+		"plugins/io.containerd.transfer.v1.local/unpack_config/differ",
 		"plugins/io.containerd.cri.v1.runtime/containerd/runtimes/*/runtime_type",
 		"plugins/io.containerd.cri.v1.runtime/containerd/runtimes/*/runtime_path",
 		"plugins/io.containerd.cri.v1.runtime/containerd/runtimes/*/snapshotter",
