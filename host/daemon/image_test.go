@@ -40,6 +40,7 @@ type image struct {
 	manifest digest.Digest
 	chain    []digest.Digest // chain IDs, the lowest first
 	seed     uint64
+	sums     [][sha256.Size]byte // of the files
 }
 
 func (i image) top() string { return i.chain[len(i.chain)-1].String() }
@@ -57,20 +58,20 @@ func (i image) file(n int) (name string, seed uint64) {
 
 // push adds an image to the registry, of which a node has all when it is prepared.
 func (h *host) push(name string, seed uint64) image {
-	return h.pushAs(name, seed, func(tarball []byte) (registrytest.Layer, error) {
+	return h.pushAs(name, seed, files, func(tarball []byte) (registrytest.Layer, error) {
 		return registrytest.GzipLevel(tarball, gzip.BestSpeed)
 	})
 }
 
-// pushSlow adds an image of which a file is fetched when it is read, which takes
+// pushSlow adds an image with one file in each layer, of which a file is fetched when it is read, which takes
 // the registry slowness.
 func (h *host) pushSlow(name string, seed uint64) image {
-	return h.pushAs(name, seed, func(tarball []byte) (registrytest.Layer, error) { return registrytest.EStargz(tarball) })
+	return h.pushAs(name, seed, files, func(tarball []byte) (registrytest.Layer, error) { return registrytest.EStargz(tarball) })
 }
 
 const slowness = time.Second
 
-func (h *host) pushAs(name string, seed uint64, compress func([]byte) (registrytest.Layer, error)) image {
+func (h *host) pushAs(name string, seed uint64, files int, compress func([]byte) (registrytest.Layer, error)) image {
 	h.t.Helper()
 	i := image{ref: h.reg.Host() + "/" + name + ":v1", seed: seed}
 	var pushed registrytest.Image
@@ -79,7 +80,9 @@ func (h *host) pushAs(name string, seed uint64, compress func([]byte) (registryt
 		var entries []registrytest.Entry
 		for m := range files {
 			name, seed := i.file(n*files + m)
-			entries = append(entries, registrytest.File(name, 0o644, noise(seed)))
+			content := noise(seed)
+			entries = append(entries, registrytest.File(name, 0o644, content))
+			i.sums = append(i.sums, sha256.Sum256([]byte(content)))
 		}
 		l := registrytest.Must(compress(registrytest.Must(registrytest.Tar(entries...))))
 		pushed.Layers, ids = append(pushed.Layers, l), append(ids, l.DiffID)
@@ -147,7 +150,7 @@ func (h *host) unmountHere(key string) {
 // verify reads a file of an image, all of it from where it is kept, compares,
 // and drops it from the page cache.
 func (i image) verify(root string, n int) error {
-	name, seed := i.file(n)
+	name, _ := i.file(n)
 	f, err := os.Open(filepath.Join(root, name))
 	if err != nil {
 		return err
@@ -157,7 +160,7 @@ func (i image) verify(root string, n int) error {
 	if _, err := io.Copy(h, f); err != nil {
 		return err
 	}
-	if want := sha256.Sum256([]byte(noise(seed))); [sha256.Size]byte(h.Sum(nil)) != want {
+	if [sha256.Size]byte(h.Sum(nil)) != i.sums[n] {
 		return fmt.Errorf("%s is not as in the image", f.Name())
 	}
 	return unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
