@@ -1,0 +1,470 @@
+// Package virtiofs_test boots guests whose images come from tatami-virtiofsd.
+package virtiofs_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tatami-containers/tatami/protocols/vsock"
+	"github.com/tatami-containers/tatami/tests/vmtest"
+	"github.com/tatami-containers/tatami/tools/vm"
+)
+
+const (
+	testInit = "github.com/tatami-containers/tatami/tests/vmtest/testinit"
+	testPort = 3000 // where testinit listens
+	program  = "github.com/tatami-containers/tatami/virtiofs/cmd/tatami-virtiofsd"
+)
+
+// describe lists a tree: types, owners, modes, targets, sizes, contents.
+const describe = `F=$(mktemp) && find . | sort | xargs stat -c '%N %f %u:%g' && find . -type f | sort > $F && ` +
+	`xargs stat -c %s < $F && xargs sha256sum < $F && rm $F`
+
+var built struct {
+	once sync.Once
+	path string
+	err  error
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if built.path != "" {
+		os.RemoveAll(filepath.Dir(built.path))
+	}
+	os.Exit(code)
+}
+
+// daemonPath builds the program as it is shipped.
+func daemonPath(t *testing.T) string {
+	t.Helper()
+	built.once.Do(func() {
+		var dir string
+		if dir, built.err = os.MkdirTemp("", "virtiofsd-"); built.err != nil {
+			return
+		}
+		built.path = filepath.Join(dir, "tatami-virtiofsd")
+		cmd := exec.Command("go", "build", "-o", built.path, program)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			built.err = fmt.Errorf("build %s: %w: %s", program, err, out)
+		}
+	})
+	if built.err != nil {
+		t.Fatal(built.err)
+	}
+	return built.path
+}
+
+// stderr keeps what a program writes and tells of one line.
+type stderr struct {
+	mu    sync.Mutex
+	text  bytes.Buffer
+	ready chan struct{}
+}
+
+const waiting = "Waiting for vhost-user socket connection"
+
+func (s *stderr) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := strings.Contains(s.text.String(), waiting)
+	s.text.Write(p)
+	if !before && strings.Contains(s.text.String(), waiting) {
+		close(s.ready)
+	}
+	return len(p), nil
+}
+
+func (s *stderr) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.String()
+}
+
+// daemon is a tatami-virtiofsd.
+type daemon struct {
+	cmd  *exec.Cmd
+	err  stderr
+	done chan struct{} // it has ended
+}
+
+// serve starts the program and waits until a VMM may connect. A descriptor of l,
+// if there is one, is the program's 3.
+func serve(t *testing.T, l *os.File, args ...string) *daemon {
+	t.Helper()
+	d := &daemon{cmd: exec.Command(daemonPath(t), args...), done: make(chan struct{})}
+	d.err.ready = make(chan struct{})
+	d.cmd.Stderr = &d.err
+	if l != nil {
+		d.cmd.ExtraFiles = []*os.File{l}
+	}
+	if err := d.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(d.done)
+		_ = d.cmd.Wait() // its state is looked at
+	}()
+	t.Cleanup(func() {
+		_ = d.cmd.Process.Kill() // it may have ended
+		<-d.done
+		if true {
+			t.Logf("tatami-virtiofsd: %s", &d.err)
+		}
+	})
+	select {
+	case <-d.err.ready:
+	case <-d.done:
+		t.Fatalf("tatami-virtiofsd ended: %s", &d.err)
+	}
+	return d
+}
+
+// ended waits for the program's end, which shall be a good one.
+func (d *daemon) ended(t *testing.T) {
+	t.Helper()
+	select {
+	case <-d.done:
+	case <-time.After(time.Minute):
+		t.Fatal("tatami-virtiofsd outlives its VMM")
+	}
+	if c := d.cmd.ProcessState.ExitCode(); c != 0 {
+		t.Errorf("tatami-virtiofsd: exit code %d", c)
+	}
+}
+
+// guest is a machine with testinit and the device.
+type guest struct {
+	*vm.VM
+	t *testing.T
+}
+
+func boot(t *testing.T, socket string, queues int, reboot bool) *guest {
+	t.Helper()
+	device := fmt.Sprintf("vhost-user-fs-pci,chardev=fs,tag=images,queue-size=1024,num-request-queues=%d", queues)
+	g := &guest{vmtest.Start(t, vmtest.Options{Init: testInit, Reboot: reboot, CPUs: min(queues, 2), Binaries: []string{losetup},
+		Args: []string{"-chardev", "socket,id=fs,path=" + socket, "-device", device}}), t}
+	g.wait()
+	return g
+}
+
+func (g *guest) wait() {
+	g.t.Helper()
+	vmtest.WaitReady(g.t, g.VM, func(ctx context.Context) error {
+		c, err := vsock.Dial(ctx, g.GuestAddress(testPort))
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	})
+}
+
+// start runs a command of testinit.
+func (g *guest) start(command string) io.ReadCloser {
+	g.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	c, err := vsock.Dial(ctx, g.GuestAddress(testPort))
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	if _, err := io.WriteString(c, command+"\n"); err != nil {
+		g.t.Fatal(err)
+	}
+	return c
+}
+
+// try runs a shell script, whose output it returns.
+func (g *guest) try(script string) string {
+	g.t.Helper()
+	c := g.start("sh " + script)
+	defer c.Close()
+	b, err := io.ReadAll(c)
+	if err != nil {
+		g.t.Fatalf("%s: %v", script, err)
+	}
+	return string(b)
+}
+
+// sh runs a script that has to succeed.
+func (g *guest) sh(script string) string {
+	g.t.Helper()
+	out := g.try("{ " + script + "; } && echo good")
+	s, ok := strings.CutSuffix(out, "good\n")
+	if !ok {
+		g.t.Fatalf("%s: %s", script, out)
+	}
+	return s
+}
+
+func (g *guest) powerOff() {
+	g.t.Helper()
+	c := g.start("poweroff")
+	defer c.Close()
+	select {
+	case <-g.Done():
+	case <-time.After(time.Minute):
+		g.t.Fatal("the machine does not power off")
+	}
+	if err := g.Err(); err != nil {
+		g.t.Error(err)
+	}
+}
+
+// fixture is a directory with an image in it.
+type fixture struct {
+	dir    string
+	socket string
+	want   string // the tree's description
+	blob   [sha256.Size]byte
+}
+
+const (
+	mountFS = "mkdir -p /fs /mnt && mount -t virtiofs images /fs"
+	// Direct: the loop device asks for all of a request at once, and keeps no pages.
+	mountImage  = "mount -t erofs -o ro $(" + losetup + " --find --show --read-only --direct-io=on /fs/image) /mnt"
+	mountCached = "mount -t erofs -o ro,loop /fs/image /mnt"
+	losetup     = "/usr/sbin/losetup"
+	blobSize    = 6 << 20
+)
+
+func newFixture(t *testing.T) *fixture {
+	t.Helper()
+	vmtest.Need(t)
+	for _, p := range []string{"mkfs.erofs", "busybox", losetup} {
+		if _, err := exec.LookPath(p); err != nil {
+			t.Skipf("needs %s: install erofs-utils, busybox-static and mount", p)
+		}
+	}
+	base, err := os.MkdirTemp("", "fs-") //nolint:usetesting // a socket is below it: the path must be short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(base); err != nil {
+			t.Error(err)
+		}
+	})
+	f := &fixture{dir: filepath.Join(base, "images"), socket: filepath.Join(base, "vmm")}
+	tree := filepath.Join(base, "tree")
+	f.blob = makeTree(t, tree)
+	if err := os.Mkdir(f.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "", "mkfs.erofs", "--quiet", filepath.Join(f.dir, "image"), tree)
+	f.want = run(t, tree, "busybox", "sh", "-c", describe)
+	return f
+}
+
+func run(t *testing.T, dir, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	cmd.Dir = dir
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v: %s", name, err, out)
+	}
+	return string(out)
+}
+
+// makeTree makes small files, links, a hole and one large file, whose digest it
+// returns.
+func makeTree(t *testing.T, tree string) [sha256.Size]byte {
+	t.Helper()
+	rnd := rand.New(rand.NewSource(1))
+	write := func(name string, n int) []byte {
+		b := make([]byte, n)
+		rnd.Read(b)
+		path := filepath.Join(tree, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, b, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	for i := range 60 {
+		write(fmt.Sprintf("d%d/f%d", i%7, i), i*i*10)
+	}
+	blob := write("blob", blobSize)
+	if err := errors.Join(
+		os.Symlink("d1/f1", filepath.Join(tree, "link")), os.Link(filepath.Join(tree, "d1/f1"), filepath.Join(tree, "d2/hard")),
+		os.Mkdir(filepath.Join(tree, "empty"), 0o700), os.Truncate(filepath.Join(tree, "d3/f3"), 1<<20),
+		os.Chmod(filepath.Join(tree, "d4/f4"), 0o4755), syscall.Mkfifo(filepath.Join(tree, "pipe"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	return sha256.Sum256(blob)
+}
+
+func (g *guest) expectTree(f *fixture) {
+	g.t.Helper()
+	if got := g.sh("cd /mnt && " + describe); got != f.want {
+		g.t.Errorf("the guest sees another tree:\n%s\nwant:\n%s", got, f.want)
+	}
+}
+
+func (g *guest) expectBlob(f *fixture) {
+	g.t.Helper()
+	if got := g.sh("sha256sum < /mnt/blob"); !strings.HasPrefix(got, fmt.Sprintf("%x", f.blob)) {
+		g.t.Errorf("the large file is %s", got)
+	}
+}
+
+// TestOneQueue is a sandbox of Kata's Go runtime: a socket that listens already,
+// one queue.
+func TestOneQueue(t *testing.T) {
+	f := newFixture(t)
+	l := listen(t, f.socket)
+	if err := os.Symlink("image", filepath.Join(f.dir, "symlink")); err != nil {
+		t.Fatal(err)
+	}
+	d := serve(t, l, "--syslog", "--cache=auto", "--shared-dir="+f.dir, "--fd=3", "--thread-pool-size=1", "-o", "announce_submounts")
+	g := boot(t, f.socket, 1, false)
+	g.sh(mountFS + " && " + mountImage)
+	g.expectTree(f)
+	t.Run("listing", func(t *testing.T) {
+		if got := g.sh("ls /fs"); got != "image\n" {
+			t.Errorf("%q", got)
+		}
+	})
+	t.Run("read only", func(t *testing.T) {
+		for _, s := range []string{"echo x > /fs/new", "echo x >> /fs/image", "mkdir /fs/d", "rm -f /fs/image", "mv /fs/image /fs/x", "chmod 777 /fs/image"} {
+			if got := g.try(s + " 2>&1 || true"); !strings.Contains(got, "Read-only file system") {
+				t.Errorf("%s: %q", s, got)
+			}
+		}
+	})
+	t.Run("files come and go", func(t *testing.T) { testFilesComeAndGo(t, f, g) })
+	t.Run("remount", func(t *testing.T) {
+		g.sh("umount /mnt && " + losetup + " -D && umount /fs && " + mountFS + " && " + mountImage)
+		g.expectBlob(f)
+	})
+	g.powerOff()
+	d.ended(t)
+}
+
+func listen(t *testing.T, path string) *os.File {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := os.NewFile(uintptr(fd), path)
+	t.Cleanup(func() { l.Close() })
+	if err := errors.Join(syscall.Bind(fd, &syscall.SockaddrUnix{Name: path}), syscall.Listen(fd, 1)); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func testFilesComeAndGo(t *testing.T, f *fixture, g *guest) {
+	late := filepath.Join(f.dir, "late")
+	if got := g.try("cat /fs/late 2>&1 || true"); !strings.Contains(got, "No such file") {
+		t.Errorf("before: %q", got)
+	}
+	if err := errors.Join(os.WriteFile(filepath.Join(f.dir, ".new"), []byte("hello"), 0o644), os.Rename(filepath.Join(f.dir, ".new"), late)); err != nil {
+		t.Fatal(err)
+	}
+	if got := g.sh("cat /fs/late"); got != "hello" {
+		t.Errorf("after it came: %q", got)
+	}
+	if err := os.Remove(late); err != nil {
+		t.Fatal(err)
+	}
+	// The daemon hears of it a moment later.
+	g.sh("i=0; while cat /fs/late >/dev/null 2>&1; do i=$((i+1)); [ $i -lt 200 ] || exit 1; sleep 0.05; done")
+}
+
+// TestQueues is a sandbox of runtime-rs with more queues and CPUs. Its VMM is killed
+// while it reads.
+func TestQueues(t *testing.T) {
+	f := newFixture(t)
+	for _, tc := range []struct {
+		queues       int
+		cache, mount string
+	}{{2, "always", mountCached}, {4, "never", mountImage}} {
+		t.Run(fmt.Sprint(tc.queues), func(t *testing.T) {
+			d := serve(t, nil, "--socket-path", f.socket, "--shared-dir", f.dir, "--cache", tc.cache, "--xattr")
+			g := boot(t, f.socket, tc.queues, false)
+			g.sh(mountFS + " && " + tc.mount)
+			g.expectTree(f)
+			g.sh(load)
+			if err := g.Kill(); err != nil {
+				t.Error(err)
+			}
+			d.ended(t)
+		})
+	}
+}
+
+// load keeps the device busy.
+const load = "for i in 1 2 3; do (while :; do dd if=/fs/image of=/dev/null bs=64k iflag=direct; done >/dev/null 2>&1 &) ; done"
+
+func TestReboot(t *testing.T) {
+	f := newFixture(t)
+	d := serve(t, nil, "--socket-path", f.socket, "--shared-dir", f.dir)
+	g := boot(t, f.socket, 1, true)
+	for i := range 2 {
+		g.sh(mountFS + " && " + mountImage)
+		g.expectBlob(f)
+		if i == 0 {
+			g.sh("touch /tmp/before")
+			c := g.start("reboot")
+			vmtest.WaitReady(t, g.VM, g.rebooted)
+			c.Close()
+		}
+	}
+	g.powerOff()
+	d.ended(t)
+}
+
+// rebooted succeeds in a guest that has no trace of the boot before.
+func (g *guest) rebooted(ctx context.Context) error {
+	c, err := vsock.Dial(ctx, g.GuestAddress(testPort))
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if deadline, ok := ctx.Deadline(); ok {
+		if err := c.SetDeadline(deadline); err != nil {
+			return err
+		}
+	}
+	if _, err := io.WriteString(c, "sh ls /tmp; echo listed\n"); err != nil {
+		return err
+	}
+	b, err := io.ReadAll(c)
+	if err == nil && string(b) != "listed\n" {
+		err = fmt.Errorf("not booted again: %q", b)
+	}
+	return err
+}
+
+// TestDaemonKilled: a guest whose device is gone cannot be saved, but it ends when
+// its owner, who sees the end of the process, ends it.
+func TestDaemonKilled(t *testing.T) {
+	f := newFixture(t)
+	d := serve(t, nil, "--socket-path", f.socket, "--shared-dir", f.dir)
+	g := boot(t, f.socket, 1, false)
+	g.sh(mountFS + " && " + mountImage + " && " + load)
+	if err := d.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-d.done
+	c := g.start("sh cat /mnt/blob | wc -c") // hangs with the guest's kernel
+	defer c.Close()
+	if err := g.Close(); err != nil { // bounded
+		t.Error(err)
+	}
+}
