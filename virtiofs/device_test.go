@@ -166,7 +166,9 @@ func readMessage(node, off, n uint64) []byte {
 // of a page that do not follow each other.
 func (g *guest) offer(ring int, msg []byte, room int) {
 	g.unique++
-	binary.LittleEndian.PutUint64(msg[8:], g.unique)
+	if len(msg) >= inHeaderSize {
+		binary.LittleEndian.PutUint64(msg[8:], g.unique)
+	}
 	copy(g.fe.Mem[inAt:], msg)
 	var ds []vhosttest.Desc
 	add := func(at, n int, flags uint16) {

@@ -20,7 +20,7 @@ import (
 // cgo only.
 func confine(dir *os.File) (landlock int, err error) {
 	if err := everywhere(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1); err != nil {
-		return 0, fmt.Errorf("set no_new_privs: %w", err)
+		return 0, fmt.Errorf("set no_new_privs (build with CGO_ENABLED=0): %w", err)
 	}
 	if landlock, err = restrict(dir); err != nil {
 		return 0, fmt.Errorf("restrict with Landlock: %w", err)
@@ -55,7 +55,11 @@ func dropCapabilities() error {
 	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var none [2]unix.CapUserData
-	return everywhere(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&header)), uintptr(unsafe.Pointer(&none)))
+	// Pointers must become numbers in the call itself (package unsafe, rule 4).
+	if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&header)), uintptr(unsafe.Pointer(&none)), 0); errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // What each version of Landlock can take away (linux/landlock.h; the kernel's
