@@ -2,6 +2,7 @@
 package virtiofs_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -9,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -156,7 +158,8 @@ func boot(t *testing.T, socket string, queues int, reboot bool) *guest {
 	t.Helper()
 	device := fmt.Sprintf("vhost-user-fs-pci,chardev=fs,tag=images,queue-size=1024,num-request-queues=%d", queues)
 	g := &guest{vmtest.Start(t, vmtest.Options{Init: testInit, Reboot: reboot, CPUs: min(queues, 2), Binaries: []string{losetup},
-		Args: []string{"-chardev", "socket,id=fs,path=" + socket, "-device", device}}), t}
+		Args: []string{"-chardev", "socket,id=fs,path=" + socket, "-device", device,
+			"-m", "slots=2,maxmem=2G", "-monitor", "unix:" + socket + ".monitor,server=on,wait=off"}}), t}
 	g.wait()
 	return g
 }
@@ -170,6 +173,11 @@ func (g *guest) wait() {
 		}
 		return c.Close()
 	})
+}
+
+// run is t.Run with the guest as the subtest's.
+func (g *guest) run(name string, test func(*testing.T, *guest)) {
+	g.t.Run(name, func(t *testing.T) { test(t, &guest{g.VM, t}) })
 }
 
 // start runs a command of testinit.
@@ -331,27 +339,29 @@ func TestOneQueue(t *testing.T) {
 	}
 	d := serve(t, l, "--syslog", "--cache=auto", "--shared-dir="+f.dir, "--fd=3", "--thread-pool-size=1", "-o", "announce_submounts")
 	g := boot(t, f.socket, 1, true)
+	monitor := dialMonitor(t, f.socket+".monitor")
 	g.sh(mountFS + " && " + mountImage)
 	g.expectTree(f)
-	t.Run("listing", func(t *testing.T) {
+	g.run("listing", func(t *testing.T, g *guest) {
 		if got := g.sh("ls /fs"); got != "image\n" {
 			t.Errorf("%q", got)
 		}
 	})
-	t.Run("read only", func(t *testing.T) {
+	g.run("read only", func(t *testing.T, g *guest) {
 		for _, s := range []string{"echo x > /fs/new", "echo x >> /fs/image", "mkdir /fs/d", "rm -f /fs/image", "mv /fs/image /fs/x", "chmod 777 /fs/image"} {
 			if got := g.try(s + " 2>&1 || true"); !strings.Contains(got, "Read-only file system") {
 				t.Errorf("%s: %q", s, got)
 			}
 		}
 	})
-	t.Run("files come and go", func(t *testing.T) { testFilesComeAndGo(t, f, g) })
-	t.Run("remount", func(t *testing.T) {
+	g.run("files come and go", func(t *testing.T, g *guest) { testFilesComeAndGo(t, f, g) })
+	g.run("changes under load", func(t *testing.T, g *guest) { testChangesUnderLoad(t, f, g, monitor) })
+	g.run("remount", func(t *testing.T, g *guest) {
 		g.sh("umount /mnt && " + losetup + " -D && umount /fs && " + mountFS + " && " + mountImage)
 		g.expectBlob(f)
 	})
-	t.Run("reboot", func(t *testing.T) {
-		g.sh("touch /tmp/before")
+	g.run("reboot", func(t *testing.T, g *guest) {
+		g.sh("touch /tmp/before; " + load)
 		c := g.start("reboot")
 		defer c.Close()
 		vmtest.WaitReady(t, g.VM, g.rebooted)
@@ -414,6 +424,77 @@ func (g *guest) rebooted(ctx context.Context) error {
 		err = fmt.Errorf("not booted again: %q", b)
 	}
 	return err
+}
+
+// testChangesUnderLoad changes the guest's memory and pauses the machine while it
+// reads.
+func testChangesUnderLoad(t *testing.T, f *fixture, g *guest, m *monitor) {
+	const rounds = 8
+	// In the background: our vsock device drops connections when it is paused.
+	g.sh(fmt.Sprintf("(for i in $(seq %d); do echo 3 > /proc/sys/vm/drop_caches; sha256sum < /mnt/blob; done > /tmp/sums 2>&1 &)", rounds))
+	for i := range 2 {
+		m.do(t, fmt.Sprintf("object_add memory-backend-memfd,id=mem%d,size=128M,share=on", i))
+		m.do(t, fmt.Sprintf("device_add pc-dimm,id=dimm%d,memdev=mem%d", i, i))
+		m.do(t, "stop")
+		m.do(t, "cont")
+		g.sh("cat /fs/image > /dev/null")
+	}
+	g.sh(fmt.Sprintf("i=0; while [ $(wc -l < /tmp/sums) -lt %d ]; do i=$((i+1)); [ $i -lt 600 ] || exit 1; sleep 0.1; done", rounds))
+	if got, want := g.sh("cat /tmp/sums"), strings.Repeat(fmt.Sprintf("%x  -\n", f.blob), rounds); got != want {
+		t.Errorf("digests of the large file:\n%swant:\n%s", got, want)
+	}
+	if got := m.do(t, "info memory-devices"); strings.Count(got, "hotplugged: true") != 2 {
+		t.Errorf("memory: %q", got)
+	}
+}
+
+// monitor is QEMU's, for people (HMP).
+type monitor struct {
+	c net.Conn
+	r *bufio.Reader
+}
+
+const prompt = "(qemu) "
+
+func dialMonitor(t *testing.T, path string) *monitor {
+	t.Helper()
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	m := &monitor{c, bufio.NewReader(c)}
+	m.answer(t)
+	return m
+}
+
+func (m *monitor) answer(t *testing.T) string {
+	t.Helper()
+	if err := m.c.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	var b []byte
+	for !strings.HasSuffix(string(b), prompt) {
+		c, err := m.r.ReadByte()
+		if err != nil {
+			t.Fatalf("QEMU's monitor: %q, %v", b, err)
+		}
+		b = append(b, c)
+	}
+	return strings.TrimSuffix(string(b), prompt)
+}
+
+// do runs a command, whose answer it returns with the echo of the command.
+func (m *monitor) do(t *testing.T, command string) string {
+	t.Helper()
+	if _, err := io.WriteString(m.c, command+"\n"); err != nil {
+		t.Fatal(err)
+	}
+	out := m.answer(t)
+	if strings.Contains(out, "Error") {
+		t.Fatalf("%s: %s", command, out)
+	}
+	return out
 }
 
 // load keeps the device busy.
