@@ -33,9 +33,6 @@ type Mapper interface {
 	Map(off int64) (f *os.File, at, n int64)
 }
 
-// firstNode is the smallest id of a file: the root directory has 1.
-const firstNode = fuse.FUSE_ROOT_ID + 1
-
 const maxName = 255 // bytes, NAME_MAX
 
 // Directory is the files that a guest sees. They may come and go at any time.
@@ -45,7 +42,7 @@ type Directory struct {
 	Find func(name string)
 
 	mu    sync.RWMutex
-	last  uint64 // id given last
+	last  uint64 // id given last; the root directory has 1
 	nodes map[uint64]*node
 	names map[string]*node
 }

@@ -1,5 +1,5 @@
-// Package virtiofs_test boots guests whose images come from tatami-virtiofsd.
-package virtiofs_test
+// Package virtiofsvm boots guests whose images come from tatami-virtiofsd.
+package virtiofsvm
 
 import (
 	"bufio"
@@ -54,7 +54,7 @@ func daemonPath(t *testing.T) string {
 	t.Helper()
 	built.once.Do(func() {
 		var dir string
-		if dir, built.err = os.MkdirTemp("", "virtiofsd-"); built.err != nil {
+		if dir, built.err = os.MkdirTemp("", "virtiofsd-"); built.err != nil { //nolint:usetesting // for all tests
 			return
 		}
 		built.path = filepath.Join(dir, "tatami-virtiofsd")
