@@ -9,9 +9,9 @@ import (
 	"github.com/tatami-containers/tatami/virtiofs/vhostuser"
 )
 
-// drainTime is how long a guest that leaves waits for its reads; the VMM stands
-// still meanwhile.
-const drainTime = 3 * time.Second
+// drainTime is how long a guest that leaves waits for the reads of a queue; the VMM
+// stands still meanwhile.
+const drainTime = time.Second
 
 // call is one request on its way, with what it needs of memory.
 type call struct {

@@ -50,7 +50,7 @@ func TestMain(m *testing.M) {
 }
 
 // daemonPath builds the program as it is shipped.
-func daemonPath(t *testing.T) string {
+func daemonPath(t testing.TB) string {
 	t.Helper()
 	built.once.Do(func() {
 		var dir string
@@ -105,7 +105,7 @@ type daemon struct {
 
 // serve starts the program and waits until a VMM may connect. A descriptor of l,
 // if there is one, is the program's 3.
-func serve(t *testing.T, l *os.File, args ...string) *daemon {
+func serve(t testing.TB, l *os.File, args ...string) *daemon {
 	t.Helper()
 	d := &daemon{cmd: exec.Command(daemonPath(t), args...), done: make(chan struct{})}
 	d.err.ready = make(chan struct{})
@@ -151,15 +151,25 @@ func (d *daemon) ended(t *testing.T) {
 // guest is a machine with testinit and the device.
 type guest struct {
 	*vm.VM
-	t *testing.T
+	t testing.TB
 }
 
-func boot(t *testing.T, socket string, queues int, reboot bool) *guest {
+func boot(t testing.TB, socket string, queues int, reboot bool) *guest {
 	t.Helper()
-	device := fmt.Sprintf("vhost-user-fs-pci,chardev=fs,tag=images,queue-size=1024,num-request-queues=%d", queues)
-	g := &guest{vmtest.Start(t, vmtest.Options{Init: testInit, Reboot: reboot, CPUs: min(queues, 2), Binaries: []string{losetup},
-		Args: []string{"-chardev", "socket,id=fs,path=" + socket, "-device", device,
-			"-m", "slots=2,maxmem=2G", "-monitor", "unix:" + socket + ".monitor,server=on,wait=off"}}), t}
+	return start(t, vmtest.Options{Reboot: reboot, CPUs: min(queues, 2), Args: append(device("images", socket, queues),
+		"-m", "slots=2,maxmem=2G", "-monitor", "unix:"+socket+".monitor,server=on,wait=off")})
+}
+
+// device is a virtio-fs device for QEMU.
+func device(tag, socket string, queues int) []string {
+	return []string{"-chardev", "socket,id=" + tag + ",path=" + socket, "-device",
+		fmt.Sprintf("vhost-user-fs-pci,chardev=%s,tag=%s,queue-size=1024,num-request-queues=%d", tag, tag, queues)}
+}
+
+func start(t testing.TB, o vmtest.Options) *guest {
+	t.Helper()
+	o.Init, o.Binaries = testInit, []string{losetup}
+	g := &guest{vmtest.Start(t, o), t}
 	g.wait()
 	return g
 }
@@ -175,9 +185,9 @@ func (g *guest) wait() {
 	})
 }
 
-// run is t.Run with the guest as the subtest's.
-func (g *guest) run(name string, test func(*testing.T, *guest)) {
-	g.t.Run(name, func(t *testing.T) { test(t, &guest{g.VM, t}) })
+// during runs a subtest with the guest as its own.
+func (g *guest) during(t *testing.T, name string, test func(*testing.T, *guest)) {
+	t.Run(name, func(t *testing.T) { test(t, &guest{g.VM, t}) })
 }
 
 // start runs a command of testinit.
@@ -342,25 +352,25 @@ func TestOneQueue(t *testing.T) {
 	monitor := dialMonitor(t, f.socket+".monitor")
 	g.sh(mountFS + " && " + mountImage)
 	g.expectTree(f)
-	g.run("listing", func(t *testing.T, g *guest) {
+	g.during(t, "listing", func(t *testing.T, g *guest) {
 		if got := g.sh("ls /fs"); got != "image\n" {
 			t.Errorf("%q", got)
 		}
 	})
-	g.run("read only", func(t *testing.T, g *guest) {
+	g.during(t, "read only", func(t *testing.T, g *guest) {
 		for _, s := range []string{"echo x > /fs/new", "echo x >> /fs/image", "mkdir /fs/d", "rm -f /fs/image", "mv /fs/image /fs/x", "chmod 777 /fs/image"} {
 			if got := g.try(s + " 2>&1 || true"); !strings.Contains(got, "Read-only file system") {
 				t.Errorf("%s: %q", s, got)
 			}
 		}
 	})
-	g.run("files come and go", func(t *testing.T, g *guest) { testFilesComeAndGo(t, f, g) })
-	g.run("changes under load", func(t *testing.T, g *guest) { testChangesUnderLoad(t, f, g, monitor) })
-	g.run("remount", func(t *testing.T, g *guest) {
+	g.during(t, "files come and go", func(t *testing.T, g *guest) { testFilesComeAndGo(t, f, g) })
+	g.during(t, "changes under load", func(t *testing.T, g *guest) { testChangesUnderLoad(t, f, g, monitor) })
+	g.during(t, "remount", func(t *testing.T, g *guest) {
 		g.sh("umount /mnt && " + losetup + " -D && umount /fs && " + mountFS + " && " + mountImage)
 		g.expectBlob(f)
 	})
-	g.run("reboot", func(t *testing.T, g *guest) {
+	g.during(t, "reboot", func(t *testing.T, g *guest) {
 		g.sh("touch /tmp/before; " + load)
 		c := g.start("reboot")
 		defer c.Close()

@@ -32,24 +32,24 @@ type images struct {
 	files map[string]*imageFile
 }
 
-// imageFile is a regular file as virtiofs.File. It is not written any more.
+// imageFile is a regular file as virtiofs.File. It is not written any more, or
+// without changes that matter.
 type imageFile struct {
-	f    *os.File
-	size int64
-	id   fileID
+	f  *os.File
+	id fileID
 }
 
-// fileID tells a file from another one of the same name.
+// fileID tells a file from others of the same name: as long as it is open, no other
+// one gets its number. A size never changes, so a file that grew is another one.
 type fileID struct {
-	dev, ino  uint64
-	size      int64
-	sec, nsec int64
+	dev, ino uint64
+	size     int64
 }
 
-func (i *imageFile) Size() int64 { return i.size }
+func (i *imageFile) Size() int64 { return i.id.size }
 
 // Map implements virtiofs.Mapper: everything is there.
-func (i *imageFile) Map(off int64) (*os.File, int64, int64) { return i.f, off, i.size - off }
+func (i *imageFile) Map(off int64) (*os.File, int64, int64) { return i.f, off, i.id.size - off }
 
 func (i *imageFile) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
 	return i.f.ReadAt(p, off)
@@ -105,7 +105,7 @@ func (i *images) scan() error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	for name := range i.files {
-		if !slices.Contains(names, name) {
+		if _, there := slices.BinarySearch(names, name); !there {
 			i.drop(name)
 		}
 	}
@@ -115,6 +115,7 @@ func (i *images) scan() error {
 	return nil
 }
 
+// names lists the directory in order.
 func (i *images) names() ([]string, error) {
 	fd, err := unix.Openat(int(i.dir.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -122,7 +123,9 @@ func (i *images) names() ([]string, error) {
 	}
 	d := os.NewFile(uintptr(fd), i.dir.Name())
 	defer d.Close()
-	return d.Readdirnames(-1)
+	names, err := d.Readdirnames(-1)
+	slices.Sort(names)
+	return names, err
 }
 
 func (i *images) find(name string) {
@@ -152,7 +155,7 @@ func (i *images) update(name string) {
 		return
 	}
 	i.files[name] = f
-	i.log.Info("serve image", "file", name, "size", f.size)
+	i.log.Info("serve image", "file", name, "size", f.Size())
 }
 
 // drop stops serving a file. Precondition: mu is held.
@@ -197,7 +200,7 @@ func (i *images) open(name string, old *imageFile) (*imageFile, error) {
 	if id, err = identify(fd); err != nil { // another one may have come between
 		return nil, errors.Join(err, unix.Close(fd))
 	}
-	return &imageFile{f: os.NewFile(uintptr(fd), name), size: id.size, id: id}, nil
+	return &imageFile{f: os.NewFile(uintptr(fd), name), id: id}, nil
 }
 
 func openat2(dir *os.File, name string, flags uint64) (int, error) {
@@ -219,7 +222,7 @@ func identify(fd int) (fileID, error) {
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return fileID{}, errNotServed
 	}
-	return fileID{dev: st.Dev, ino: st.Ino, size: st.Size, sec: st.Mtim.Sec, nsec: st.Mtim.Nsec}, nil
+	return fileID{dev: st.Dev, ino: st.Ino, size: st.Size}, nil
 }
 
 // close ends follow and closes all files. Nothing may be served any more.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -92,9 +93,15 @@ func TestFilesComeAndGo(t *testing.T) {
 		t.Errorf("new: %q", got)
 	}
 	first := i.files["image"]
+	must(t, os.Chtimes(path, time.Unix(1, 0), time.Unix(1, 0)))
 	i.find("image")
 	if i.files["image"] != first {
 		t.Error("opened twice")
+	}
+	write(t, path, "larger")
+	i.find("image")
+	if got := content(t, i, "image"); got != "larger" || i.files["image"] == first {
+		t.Errorf("grown: %q", got)
 	}
 	write(t, path+".new", "other")
 	must(t, os.Rename(path+".new", path))

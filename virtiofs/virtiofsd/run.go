@@ -43,13 +43,13 @@ func Run(ctx context.Context, o *Options, stderr io.Writer) error {
 	}
 	fmt.Fprintln(stderr, waiting)
 	c, err := virtiofs.Accept(ctx, l)
-	if ctx.Err() != nil {
-		return errors.Join(imgs.close())
+	switch {
+	case err == nil:
+		err = serve(ctx, o, imgs, c, log)
+	case ctx.Err() != nil:
+		err = nil
 	}
-	if err != nil {
-		return errors.Join(err, imgs.close())
-	}
-	return errors.Join(serve(ctx, o, imgs, c, log), imgs.close())
+	return errors.Join(err, imgs.close())
 }
 
 // serve gives up all privileges before it reads the first message.
