@@ -3,6 +3,7 @@ package virtiofs
 import (
 	"bytes"
 	"encoding/binary"
+	"runtime"
 	"testing"
 
 	"github.com/tatami-containers/tatami/virtiofs/vhostuser/vhosttest"
@@ -60,6 +61,7 @@ func TestChangingRequest(t *testing.T) {
 				return
 			default:
 				binary.LittleEndian.PutUint32(g.fe.Mem[inAt+readSize:], size)
+				runtime.Gosched() // the device may have this processor, too
 			}
 		}
 	}()
