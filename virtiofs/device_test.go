@@ -115,6 +115,22 @@ func (g *guest) list() (names []string) {
 	}
 }
 
+// Whether the guest keeps pages of a file is the configuration's choice.
+func TestOpen(t *testing.T) {
+	const directIO, keepCache, noFlush = 1, 2, 32 // fuse.h, FOPEN_
+	for cached, want := range map[bool]uint32{false: directIO | keepCache | noFlush, true: keepCache | noFlush} {
+		g := initialized(t, Config{Directory: directory(t, map[string]File{"image": good(1)}), Cached: cached})
+		node, _, _ := g.lookup("image")
+		b, errno := g.call(1, message(14, node, words(0)), outHeaderSize+16)
+		if errno != 0 || binary.LittleEndian.Uint32(b[8:]) != want {
+			t.Errorf("cached %v: %v, %x", cached, errno, b)
+		}
+		if b, errno := g.call(1, message(27, node, words(0)), outHeaderSize+16); errno != syscall.ENOTDIR {
+			t.Errorf("a file as directory: %v, %x", errno, b)
+		}
+	}
+}
+
 func TestAdd(t *testing.T) {
 	d := directory(t, map[string]File{"a": good(1)})
 	for _, name := range []string{"", ".", ".hidden", "a/b", "a\x00", string(make([]byte, 256))} {

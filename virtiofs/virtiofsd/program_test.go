@@ -37,10 +37,14 @@ type process struct {
 }
 
 // start starts the program and waits for the line that runtime-rs waits for.
-func start(t *testing.T, bin string, files []*os.File, args ...string) *process {
+func start(t *testing.T, bin string, args ...string) *process {
 	t.Helper()
-	p := &process{cmd: exec.Command(bin, args...)}
-	p.cmd.ExtraFiles = files
+	return run(t, exec.Command(bin, args...))
+}
+
+func run(t *testing.T, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{cmd: cmd}
 	out, err := p.cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -81,7 +85,7 @@ func TestProgram(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	t.Run("path", func(t *testing.T) {
 		leaveStale(t, socket)
-		p := start(t, bin, nil, "--socket-path", socket, "--shared-dir", dir, "--cache", "auto")
+		p := start(t, bin, "--socket-path", socket, "--shared-dir", dir, "--cache", "auto")
 		if st, err := os.Stat(socket); err != nil || st.Mode().Perm() != 0o600 {
 			t.Errorf("socket: %v, %v", st, err)
 		}
@@ -91,26 +95,28 @@ func TestProgram(t *testing.T) {
 		if _, err := os.Stat(socket); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("a second VMM could connect: %v", err)
 		}
-		confined(t, p.cmd.Process.Pid)
+		confined(t, p.cmd.Process.Pid, os.Getuid() == 0)
 		if err := fe.Conn.Close(); err != nil {
 			t.Fatal(err)
 		}
 		p.wait(t)
 	})
 	t.Run("inherited", func(t *testing.T) {
-		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
-		if err != nil {
-			t.Fatal(err)
+		cmd := exec.Command(bin, "--shared-dir="+dir, "--fd=3")
+		cmd.ExtraFiles = []*os.File{listen(t, socket)}
+		if os.Getuid() == 0 { // as an ordinary user
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+			for _, d := range []string{filepath.Dir(dir), dir, filepath.Dir(bin)} {
+				if err := os.Chmod(d, 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
 		}
-		defer l.Close()
-		f, err := l.File()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		p := start(t, bin, []*os.File{f}, "--shared-dir="+dir, "--fd=3")
+		p := run(t, cmd)
 		fe := vhosttest.Dial(t, socket, 1<<20)
 		fe.Negotiate(0)
+		p.await(t, "VMM is connected")
+		confined(t, p.cmd.Process.Pid, false)
 		if err := fe.Conn.Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -118,7 +124,7 @@ func TestProgram(t *testing.T) {
 	})
 	t.Run("terminated", func(t *testing.T) {
 		for _, connected := range []bool{false, true} {
-			p := start(t, bin, nil, "--socket-path", socket, "--shared-dir", dir)
+			p := start(t, bin, "--socket-path", socket, "--shared-dir", dir)
 			if connected {
 				fe := vhosttest.Dial(t, socket, 1<<20)
 				fe.Negotiate(0)
@@ -139,6 +145,22 @@ func TestProgram(t *testing.T) {
 	})
 }
 
+// listen makes a socket that a program inherits.
+func listen(t *testing.T, path string) *os.File {
+	t.Helper()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	f, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
 // leaveStale leaves the socket of a process that was killed.
 func leaveStale(t *testing.T, path string) {
 	t.Helper()
@@ -152,8 +174,9 @@ func leaveStale(t *testing.T, path string) {
 	}
 }
 
-// confined looks at what every thread of the process may do.
-func confined(t *testing.T, pid int) {
+// confined looks at what every thread of the process may do. Only a process that was
+// privileged can empty its bounding set.
+func confined(t *testing.T, pid int, privileged bool) {
 	t.Helper()
 	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
 	if err != nil || len(threads) == 0 {
@@ -172,7 +195,7 @@ func confined(t *testing.T, pid int) {
 				t.Errorf("%s without %q", path, want)
 			}
 		}
-		if os.Getuid() == 0 && !strings.Contains(string(b), "CapBnd:\t0000000000000000\n") {
+		if privileged && !strings.Contains(string(b), "CapBnd:\t0000000000000000\n") {
 			t.Errorf("%s: capabilities in the bounding set", path)
 		}
 	}
