@@ -22,14 +22,15 @@ help:
 	@echo 'make run        a container in a real VM from an image that is not there yet,'
 	@echo '                against a full pull in the guest; IMAGE=ref CMD="words" for your own'
 	@echo 'make test       all tests: root, FUSE, loop devices, QEMU'
-	@echo 'make build      bin/tatami, bin/tatami-host, bin/tatami-guest, bin/pause'
+	@echo 'make build      bin/tatami, bin/tatami-host, bin/tatami-guest, bin/tatami-virtiofsd, bin/pause'
 	@echo 'make bench      the measurements of README.md'
 	@echo 'make bench-formats  those of every image format on an image of 1.8 GB'
 	@echo 'make check      what needs no privileges: build, vet, lint, generated code'
 	@echo 'make fuzz       every fuzz target for FUZZTIME (10s)'
 
 build:
-	CGO_ENABLED=0 go build $(GOFLAGS_STATIC) -o $(BIN)/ ./tools/cmd/tatami ./host/cmd/tatami-host ./host/cmd/nydus-overlayfs-tatami ./guest/cmd/tatami-guest ./guest/cmd/pause
+	CGO_ENABLED=0 go build $(GOFLAGS_STATIC) -o $(BIN)/ ./tools/cmd/tatami ./host/cmd/tatami-host ./host/cmd/nydus-overlayfs-tatami ./guest/cmd/tatami-guest ./guest/cmd/pause \
+		./virtiofs/cmd/tatami-virtiofsd
 
 setup:
 	@tools/setup.sh

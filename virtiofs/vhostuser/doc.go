@@ -23,7 +23,10 @@
 //	paused  → running  enabled, memory table set          Device.Serve begins
 //	any     → idle     stopped, reset, connection ends    Device.Stopped, once
 //
-// Locks: Queue.mu is never held together with another lock of this package. Chains
-// that were taken keep the memory mapped: a queue pauses only after all of them
-// were pushed.
+// Chains that were taken keep the memory mapped: a queue pauses only after all of
+// them were given back. Those without an answer are kept over a change of the
+// memory and popped again; a queue that is disabled or stopped is drained first.
+//
+// Lock order: breaker.mu, Queue.mu, Queue.callMu; the last two are never held
+// together.
 package vhostuser

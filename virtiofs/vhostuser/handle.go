@@ -214,7 +214,7 @@ func (r *vring) setBase(n uint32) error {
 func (s *session) enable(i int, on bool) error {
 	s.rings[i].enabled = on
 	if !on {
-		s.pause(i)
+		s.drain(i)
 		return nil
 	}
 	return s.start(i)
@@ -222,6 +222,7 @@ func (s *session) enable(i int, on bool) error {
 
 // getVringBase stops the ring, which is what the front-end means by asking.
 func (s *session) getVringBase(i int) []byte {
+	s.drain(i)
 	s.stop(i)
 	r := &s.rings[i]
 	closeFile(r.kick)

@@ -16,12 +16,16 @@ type Queue struct {
 	eventIdx bool
 	kick     *os.File
 	breaker  *breaker
+	halted   chan struct{} // closed by halt
 
 	mu        sync.Mutex
 	stopped   bool
-	lastAvail uint16 // index of the next chain to take
-	usedIdx   uint16 // index of the next used element
-	signaled  uint16 // usedIdx at the last call, when hasSignaled
+	draining  bool
+	lastAvail uint16   // index of the next chain to take
+	out       int      // chains popped and not given back, at most ring.num
+	kept      []uint16 // heads that Pop gives out before new ones, or the next start does
+	usedIdx   uint16   // index of the next used element
+	signaled  uint16   // usedIdx at the last call, when hasSignaled
 	// Without a call yet (or after a pause) the driver's wish cannot be compared.
 	hasSignaled bool
 
@@ -33,7 +37,8 @@ type Queue struct {
 }
 
 // Wait returns true when the driver has kicked since the last call, and false when
-// the device must let go of the queue: push what it holds, then return from Serve.
+// the device must let go of the queue: give back what it holds, then return from
+// Serve.
 func (q *Queue) Wait() bool {
 	if q.isStopped() {
 		return false
@@ -55,19 +60,37 @@ func (q *Queue) isStopped() bool {
 	return q.stopped
 }
 
-// halt makes Wait and Pop give up; it does not wait for anybody.
-func (q *Queue) halt() {
+// halt makes Wait and Pop give up; it does not wait for anybody. drain is what
+// Draining tells.
+func (q *Queue) halt(drain bool) {
 	q.mu.Lock()
-	q.stopped = true
+	if !q.stopped {
+		q.stopped, q.draining = true, drain
+		close(q.halted)
+	}
 	q.mu.Unlock()
-	_ = q.kick.SetReadDeadline(time.Unix(1, 0)) // wakes Wait; newKick saw that it works
+	_ = q.kick.SetReadDeadline(time.Unix(1, 0)) // wakes Wait; newEvent saw that it works
+}
+
+// Halted is closed when the device must let go of the queue, for those who cannot
+// wait in Wait.
+func (q *Queue) Halted() <-chan struct{} { return q.halted }
+
+// Draining says how to let go of a halted queue. True: the driver may never be
+// served again but wants its answers (the machine is paused, or powered off), so
+// all chains shall be answered in short time, if with an error. False: Keep what
+// is not done yet; after a pause it is taken up again, otherwise nobody waits.
+func (q *Queue) Draining() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.draining
 }
 
 // Pop takes the next chain of the driver into c, whose slices it reuses. False
 // means that there is none now: a kick will follow the next one, see Wait. An
 // error means that the driver broke the ring; the device is out of order until
 // the driver starts it again, and nothing is left to do but to return from Serve.
-// Each chain that was taken must be given to Push or Unpop.
+// Each chain that was taken must be given to Push, Keep or Unpop.
 func (q *Queue) Pop(c *Chain) (bool, error) {
 	ok, err := q.pop(c)
 	if err != nil {
@@ -82,14 +105,32 @@ func (q *Queue) pop(c *Chain) (bool, error) {
 	if q.stopped {
 		return false, nil
 	}
+	if n := len(q.kept); n > 0 {
+		head := q.kept[0]
+		q.kept = q.kept[1:]
+		return q.take(c, head)
+	}
 	ahead, err := q.available()
 	if ahead == 0 || err != nil {
 		return false, err
 	}
-	if err := c.walk(q.mem, q.ring.desc, q.ring.availHead(q.lastAvail)); err != nil {
+	ok, err := q.take(c, q.ring.availHead(q.lastAvail))
+	if ok {
+		q.lastAvail++
+	}
+	return ok, err
+}
+
+// take fills c with the chain at head. Precondition: mu is held.
+func (q *Queue) take(c *Chain, head uint16) (bool, error) {
+	// A chain has a descriptor at least, so more of them are in use than there are.
+	if q.out == int(q.ring.num) {
+		return false, fmt.Errorf("%w: more than %d chains without an answer", errRing, q.out)
+	}
+	if err := c.walk(q.mem, q.ring.desc, head); err != nil {
 		return false, err
 	}
-	q.lastAvail++
+	q.out++
 	q.taken.Add(1)
 	return true, nil
 }
@@ -109,12 +150,24 @@ func (q *Queue) available() (uint16, error) {
 }
 
 // Unpop gives the last n chains back as if they had never been taken.
-// Precondition: nobody else took one since.
+// Precondition: nobody else took one since, and the device never uses Keep.
 func (q *Queue) Unpop(n int) {
 	q.mu.Lock()
 	q.lastAvail -= uint16(n)
+	q.out -= n
 	q.mu.Unlock()
 	q.taken.Add(-n)
+}
+
+// Keep gives c back without an answer, in any order. After a pause it is popped
+// again, walked anew: the memory may have moved. A queue that is stopped, not
+// paused, forgets it.
+func (q *Queue) Keep(c *Chain) {
+	q.mu.Lock()
+	q.kept = append(q.kept, c.head)
+	q.out--
+	q.mu.Unlock()
+	q.taken.Done()
 }
 
 // Push hands c back to the driver; n bytes of Writable were written. Notify tells
@@ -124,6 +177,7 @@ func (q *Queue) Push(c *Chain, n int) {
 	q.ring.setUsed(q.usedIdx, c.head, uint32(n))
 	q.usedIdx++
 	q.ring.setUsedIdx(q.usedIdx)
+	q.out--
 	q.mu.Unlock()
 	q.taken.Done()
 }
@@ -221,7 +275,7 @@ func (b *breaker) fail(err error) {
 	if first {
 		b.err = err
 		for q := range b.running {
-			q.halt()
+			q.halt(false)
 			q.signalErr()
 		}
 	}

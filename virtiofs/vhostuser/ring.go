@@ -103,4 +103,7 @@ func (r *ring) setUsed(i, head uint16, n uint32) {
 	binary.LittleEndian.PutUint32(b[4:], n)
 }
 
+// setUsedIdx orders like setAvailEvent: the elements are written before it, and a
+// load of usedEvent or availFlags behind it is not moved before it. (On arm64 that
+// is the rule for a load-acquire behind a store-release.)
 func (r *ring) setUsedIdx(i uint16) { store16(r.used, 2, i) }

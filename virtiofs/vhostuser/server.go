@@ -21,7 +21,7 @@ type Device interface {
 	// one before ended.
 	Serve(i int, q *Queue)
 	// Stopped tells that the driver gave queue i up (power off, reboot, reset,
-	// unbind, end of the VMM). Serve has returned.
+	// unbind, end of the VMM) or that the machine is paused. Serve has returned.
 	Stopped(i int)
 }
 

@@ -15,7 +15,8 @@ type vring struct {
 	num     uint32
 	addr    vringAddr
 	hasAddr bool
-	base    uint16 // index of the next chain, while no queue runs
+	base    uint16   // index of the next chain, while no queue runs
+	kept    []uint16 // heads of chains that a paused device will take up again
 	enabled bool
 	// What the descriptors mean: the driver's kicks, calls to the driver, errors.
 	kick, call, errFD *os.File
@@ -43,7 +44,8 @@ func (s *session) start(i int) error {
 		return fmt.Errorf("start queue %d: %w", i, err)
 	}
 	q := &Queue{ring: rg, mem: &s.mem, eventIdx: s.features&featureEventIdx != 0, kick: r.kick, call: r.call,
-		errFD: r.errFD, breaker: &s.breaker, lastAvail: r.base, usedIdx: rg.usedIdx()}
+		errFD: r.errFD, breaker: &s.breaker, halted: make(chan struct{}), lastAvail: r.base, kept: r.kept,
+		usedIdx: rg.usedIdx()}
 	if err := s.breaker.add(q); err != nil {
 		return nil // reported when it broke; the driver's next start mends it
 	}
@@ -56,15 +58,20 @@ func (s *session) start(i int) error {
 }
 
 // pause takes ring i from the device; the device keeps its state.
-func (s *session) pause(i int) {
+func (s *session) pause(i int) { s.halt(i, false) }
+
+// drain is pause with all chains answered.
+func (s *session) drain(i int) { s.halt(i, true) }
+
+func (s *session) halt(i int, drain bool) {
 	r := &s.rings[i]
 	if r.queue == nil {
 		return
 	}
-	r.queue.halt()
+	r.queue.halt(drain)
 	<-r.done
 	r.queue.taken.Wait()
-	r.base = r.queue.lastAvail // nobody pops any more
+	r.base, r.kept = r.queue.lastAvail, r.queue.kept // nobody pops any more
 	s.breaker.remove(r.queue)
 	r.queue = nil
 }
@@ -73,6 +80,7 @@ func (s *session) pause(i int) {
 func (s *session) stop(i int) {
 	s.pause(i)
 	r := &s.rings[i]
+	r.kept = nil
 	if r.told {
 		r.told = false
 		s.cfg.Device.Stopped(i)

@@ -1,0 +1,23 @@
+// Package virtiofs is a virtio-fs device behind vhost-user: it shows a guest one
+// flat, read-only [Directory] of image files. Nothing of the node's file system can
+// be reached through it; there is no passthrough.
+//
+// The guest is hostile. A request is copied out of its memory before it is looked
+// at, its opcode must be on a list, and only then does go-fuse take it apart. READ
+// is answered here: bytes of a file that is open in this process ([Mapper]) go from
+// the page cache to the guest's buffers by preadv, everything else through a private
+// buffer. What a guest can make the device hold is bounded by Config.Requests and
+// Config.ReplyBytes. No reply is ever read back out of guest memory.
+//
+// Node ids are given once and never used again, handles mean nothing, attributes
+// never change, and the device counts no lookups. So FORGET has no effect, a FUSE
+// session begins with any INIT (a remount, a guest that booted again), and a
+// machine that was paused goes on with the session that it had.
+//
+// Virtio-fs of Linux sends no INTERRUPT (fs/fuse/virtio_fs.c), and has no
+// notifications: what a guest believes about a name it believes until it forgets.
+//
+// Layout and numbers: virtio 1.2, section 5.11, and include/uapi/linux/fuse.h.
+//
+// Lock order: the locks here are leaves; nothing is called under them.
+package virtiofs

@@ -1,0 +1,97 @@
+package virtiofs
+
+import (
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+)
+
+// forever is how long a guest may believe names and attributes.
+const forever = 365 * 24 * time.Hour
+
+const blockSize = 4096
+
+// filesystem answers what go-fuse has taken apart: everything but reads.
+type filesystem struct {
+	fuse.RawFileSystem
+	dir    *Directory
+	cached bool
+}
+
+func (f *filesystem) String() string { return "tatami" }
+
+func (f *filesystem) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	var n *node
+	if in.NodeId == fuse.FUSE_ROOT_ID {
+		n = f.dir.lookup(name)
+	}
+	if n == nil {
+		// An error, not node id 0: that would be a negative entry, and the name
+		// may exist the next time.
+		return fuse.ENOENT
+	}
+	out.NodeId = n.id
+	out.SetEntryTimeout(forever)
+	out.SetAttrTimeout(forever)
+	fillAttr(&out.Attr, n)
+	return fuse.OK
+}
+
+func (f *filesystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	out.SetTimeout(forever)
+	if in.NodeId == fuse.FUSE_ROOT_ID {
+		out.Attr = fuse.Attr{Ino: fuse.FUSE_ROOT_ID, Mode: syscall.S_IFDIR | 0o555, Nlink: 2, Blksize: blockSize}
+		return fuse.OK
+	}
+	n := f.dir.node(in.NodeId)
+	if n == nil {
+		return fuse.Status(syscall.ESTALE)
+	}
+	fillAttr(&out.Attr, n)
+	return fuse.OK
+}
+
+func fillAttr(a *fuse.Attr, n *node) {
+	*a = fuse.Attr{
+		Ino: n.id, Mode: syscall.S_IFREG | 0o444, Nlink: 1,
+		Size: uint64(n.size), Blocks: uint64(n.size+511) / 512, Blksize: blockSize,
+	}
+}
+
+func (f *filesystem) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	if in.Flags&syscall.O_ACCMODE != syscall.O_RDONLY || in.Flags&syscall.O_TRUNC != 0 {
+		return fuse.EROFS
+	}
+	if f.dir.node(in.NodeId) == nil {
+		return fuse.Status(syscall.ESTALE) // Linux looks the name up again
+	}
+	out.OpenFlags = fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_NOFLUSH
+	if !f.cached {
+		out.OpenFlags |= fuse.FOPEN_DIRECT_IO
+	}
+	return fuse.OK
+}
+
+func (f *filesystem) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, _ *fuse.OpenOut) fuse.Status {
+	if in.NodeId != fuse.FUSE_ROOT_ID {
+		return fuse.ENOTDIR
+	}
+	return fuse.OK
+}
+
+// ReadDir lists the files behind the one whose id is the offset, so that a listing
+// goes on at the right place when files come and go.
+func (f *filesystem) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	for _, n := range f.dir.after(in.Offset) {
+		if !out.AddDirEntry(fuse.DirEntry{Name: n.name, Ino: n.id, Mode: syscall.S_IFREG, Off: n.id}) {
+			break
+		}
+	}
+	return fuse.OK
+}
+
+func (f *filesystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	out.Bsize, out.Frsize, out.NameLen = blockSize, blockSize, maxName
+	return fuse.OK
+}
