@@ -184,6 +184,9 @@ type readers struct {
 	err error // protected by mu
 }
 
+// pause of a reader between two files: what is tested needs the processor, too.
+const pause = 30 * time.Millisecond
+
 // startReaders begins to read; finish it before anything is unmounted.
 func (i image) startReaders(t *testing.T, root string, parallel int) *readers {
 	ctx, end := context.WithCancel(t.Context())
@@ -198,6 +201,7 @@ func (i image) startReaders(t *testing.T, root string, parallel int) *readers {
 					return
 				}
 				r.files.Add(1)
+				time.Sleep(pause)
 			}
 		})
 	}

@@ -110,8 +110,12 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	}
 	s.cfg.step("committed")
 	s.letGo(ctx, old.record.holder)
-	if err := os.Remove(s.path(old.id, lowerLink)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		s.log.Warn("a layer keeps a link that it does not need", "name", name, "error", err)
+	err = os.Remove(s.path(old.id, lowerLink))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	if err = errors.Join(err, os.RemoveAll(s.path(old.id, usersDir))); err != nil {
+		s.log.Warn("a layer keeps something that it does not need", "name", name, "error", err)
 	}
 	return nil
 }
