@@ -51,7 +51,12 @@ func startRegistry(t testing.TB) *registry {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), "docker-registry", "serve", config)
-	cmd.Stderr = os.Stderr
+	log, err := os.Create(filepath.Join(dir, "log")) // it calls what is not there yet an error
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { log.Close() })
+	cmd.Stderr = log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
