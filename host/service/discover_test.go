@@ -23,6 +23,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/tatami-containers/tatami/host/kata"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
 	"github.com/tatami-containers/tatami/rootfs/registry"
@@ -633,6 +634,28 @@ func TestNotes(t *testing.T) {
 		}
 		if got := openNotes(path, log).list(); len(got) != 0 {
 			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}
+
+// A snapshot that lies on layers of another repository's image does not say what
+// the container runs; a pod that names nothing, or an id, leaves it to it.
+func TestImageOfSnapshot(t *testing.T) {
+	const ref = "registry.example/app:v1"
+	manifest := digest.FromString("app")
+	known := images{"c": {ref, manifest}}
+	s := New(Config{Discovery: &Discovery{Containers: known}})
+	for word, want := range map[string]string{
+		"":                          ref,
+		manifest.String():           ref,
+		ref:                         ref,
+		"registry.example/app:v2":   ref,
+		"registry.example/other:v1": "registry.example/other:v1",
+		"docker.io/library/app:v1":  "docker.io/library/app:v1",
+	} {
+		got, pinned, err := s.imageOf(t.Context(), kata.Container{ID: "c", Image: word})
+		if err != nil || got != want || (pinned == manifest) != (want == ref) {
+			t.Errorf("%q: %s %s %v, want %s", word, got, pinned, err, want)
 		}
 	}
 }

@@ -4,13 +4,12 @@
 package containerd
 
 import (
-	"context"
-	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/tatami-containers/tatami/tests/testbin"
 )
 
 // patience bounds one command and one wait.
@@ -26,41 +25,7 @@ func TestMain(m *testing.M) {
 	case os.Getenv(keeperEnv) != "":
 		os.Exit(nodeKeeper())
 	}
-	os.Exit(func() int {
-		if os.Geteuid() != 0 {
-			return m.Run() // every test skips and says why
-		}
-		dir, err := os.MkdirTemp("", "tatami-containerd-")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer os.RemoveAll(dir)
-		bin = dir
-		for _, build := range []func() error{buildOurs, buildTheirs} {
-			if err := build(); err != nil {
-				fmt.Fprintln(os.Stderr, err)
-				return 1
-			}
-		}
-		return m.Run()
-	}())
-}
-
-// buildTime bounds the build of all programs without a build cache.
-const buildTime = 15 * time.Minute
-
-func buildOurs() error {
-	ctx, cancel := context.WithTimeout(context.Background(), buildTime)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", bin+string(filepath.Separator),
-		"./tools/cmd/tatami", "./host/cmd/...")
-	cmd.Dir = "../.."
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("go build: %w\n%s", err, out)
-	}
-	return nil
+	os.Exit(testbin.Main(m, &bin, []string{"./tools/cmd/tatami", "./host/cmd/..."}, buildTheirs))
 }
 
 // need skips a test where it cannot run and says what is missing.

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -49,6 +50,9 @@ func buildTheirs() error {
 	releases = []release{{"2.4", 2, dirs[0], crictl}, {"1.6", 1, "/usr/bin", crictl}}
 	return nil
 }
+
+// buildTime bounds the build of one module's programs without a build cache.
+const buildTime = 15 * time.Minute
 
 // install builds commands of a module into dir, unless they are there. Another
 // test process that does the same is waited for.
