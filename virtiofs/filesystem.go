@@ -2,15 +2,11 @@ package virtiofs
 
 import (
 	"syscall"
-	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/tatami-containers/tatami/rootfs/mount/imagefs"
 )
-
-// forever is how long a guest may believe names and attributes.
-const forever = 365 * 24 * time.Hour
-
-const blockSize = 4096
 
 // filesystem answers what go-fuse has taken apart: everything but reads.
 type filesystem struct {
@@ -31,32 +27,21 @@ func (f *filesystem) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, o
 		// may exist the next time.
 		return fuse.ENOENT
 	}
-	out.NodeId = n.id
-	out.SetEntryTimeout(forever)
-	out.SetAttrTimeout(forever)
-	fillAttr(&out.Attr, n)
+	imagefs.FillEntry(out, n.id, n.size)
 	return fuse.OK
 }
 
 func (f *filesystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
-	out.SetTimeout(forever)
 	if in.NodeId == fuse.FUSE_ROOT_ID {
-		out.Attr = fuse.Attr{Ino: fuse.FUSE_ROOT_ID, Mode: syscall.S_IFDIR | 0o555, Nlink: 2, Blksize: blockSize}
+		imagefs.FillRoot(out)
 		return fuse.OK
 	}
 	n := f.dir.node(in.NodeId)
 	if n == nil {
 		return fuse.Status(syscall.ESTALE)
 	}
-	fillAttr(&out.Attr, n)
+	imagefs.FillFile(out, n.id, n.size)
 	return fuse.OK
-}
-
-func fillAttr(a *fuse.Attr, n *node) {
-	*a = fuse.Attr{
-		Ino: n.id, Mode: syscall.S_IFREG | 0o444, Nlink: 1,
-		Size: uint64(n.size), Blocks: uint64(n.size+511) / 512, Blksize: blockSize,
-	}
 }
 
 func (f *filesystem) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
@@ -92,6 +77,6 @@ func (f *filesystem) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEn
 }
 
 func (f *filesystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
-	out.Bsize, out.Frsize, out.NameLen = blockSize, blockSize, maxName
+	imagefs.FillStatFs(out)
 	return fuse.OK
 }

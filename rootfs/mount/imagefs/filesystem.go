@@ -5,15 +5,9 @@ import (
 	"errors"
 	"io"
 	"syscall"
-	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 )
-
-// forever is how long the kernel may believe names and attributes.
-const forever = 365 * 24 * time.Hour
-
-const blockSize = 4096
 
 // filesystem answers what the protocol server has taken apart. Everything that
 // it does not have stays ENOSYS, which the kernel remembers and never asks again.
@@ -31,32 +25,21 @@ func (f *filesystem) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, o
 		// may exist the next time.
 		return fuse.ENOENT
 	}
-	out.NodeId = n.ID
-	out.SetEntryTimeout(forever)
-	out.SetAttrTimeout(forever)
-	fillAttr(&out.Attr, n)
+	FillEntry(out, n.ID, n.size)
 	return fuse.OK
 }
 
 func (f *filesystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
-	out.SetTimeout(forever)
 	if in.NodeId == fuse.FUSE_ROOT_ID {
-		out.Attr = fuse.Attr{Ino: fuse.FUSE_ROOT_ID, Mode: syscall.S_IFDIR | 0o555, Nlink: 2, Blksize: blockSize}
+		FillRoot(out)
 		return fuse.OK
 	}
 	n := f.s.node(in.NodeId)
 	if n == nil {
 		return fuse.Status(syscall.ESTALE)
 	}
-	fillAttr(&out.Attr, n)
+	FillFile(out, n.ID, n.size)
 	return fuse.OK
-}
-
-func fillAttr(a *fuse.Attr, n *node) {
-	*a = fuse.Attr{
-		Ino: n.ID, Mode: syscall.S_IFREG | 0o444, Nlink: 1,
-		Size: uint64(n.size), Blocks: uint64(n.size+511) / 512, Blksize: blockSize,
-	}
 }
 
 func (f *filesystem) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
@@ -92,7 +75,7 @@ func (f *filesystem) ReadDir(<-chan struct{}, *fuse.ReadIn, *fuse.DirEntryList) 
 }
 
 func (f *filesystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
-	out.Bsize, out.Frsize, out.NameLen = blockSize, blockSize, 255
+	FillStatFs(out)
 	return fuse.OK
 }
 
