@@ -416,6 +416,14 @@ func testFilesComeAndGo(t *testing.T, f *fixture, g *guest) {
 
 // rebooted succeeds in a guest that has no trace of the boot before.
 func (g *guest) rebooted(ctx context.Context) error {
+	return g.says(ctx, "ls /tmp; echo listed", "listed\n")
+}
+
+// answers succeeds in a guest that can be reached.
+func (g *guest) answers(ctx context.Context) error { return g.says(ctx, "echo here", "here\n") }
+
+// says tries a command once.
+func (g *guest) says(ctx context.Context, script, want string) error {
 	c, err := vsock.Dial(ctx, g.GuestAddress(testPort))
 	if err != nil {
 		return err
@@ -426,12 +434,12 @@ func (g *guest) rebooted(ctx context.Context) error {
 			return err
 		}
 	}
-	if _, err := io.WriteString(c, "sh ls /tmp; echo listed\n"); err != nil {
+	if _, err := io.WriteString(c, "sh "+script+"\n"); err != nil {
 		return err
 	}
 	b, err := io.ReadAll(c)
-	if err == nil && string(b) != "listed\n" {
-		err = fmt.Errorf("not booted again: %q", b)
+	if err == nil && string(b) != want {
+		err = fmt.Errorf("%s: %q, want %q", script, b, want)
 	}
 	return err
 }
@@ -447,6 +455,7 @@ func testChangesUnderLoad(t *testing.T, f *fixture, g *guest, m *monitor) {
 		m.do(t, fmt.Sprintf("device_add pc-dimm,id=dimm%d,memdev=mem%d", i, i))
 		m.do(t, "stop")
 		m.do(t, "cont")
+		vmtest.WaitReady(t, g.VM, g.answers) // our vsock device starts anew
 		g.sh("cat /fs/image > /dev/null")
 	}
 	g.sh(fmt.Sprintf("i=0; while [ $(wc -l < /tmp/sums) -lt %d ]; do i=$((i+1)); [ $i -lt 600 ] || exit 1; sleep 0.1; done", rounds))

@@ -85,6 +85,11 @@ func Start(t testing.TB, o Options) *vm.VM {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		select {
+		case <-m.Done():
+			t.Logf("the virtual machine had ended: %v", m.Err())
+		default:
+		}
 		if err := m.Close(); err != nil {
 			t.Errorf("end of the virtual machine: %v", err)
 		}
