@@ -4,6 +4,8 @@
 package sharedimages
 
 import (
+	_ "crypto/sha256" // package digest takes only algorithms that the program has
+	_ "crypto/sha512"
 	"fmt"
 	"strings"
 

@@ -90,12 +90,14 @@ func (v *Volume) invalidParts() string {
 // a zero byte, would change.
 func (v *Volume) invalidText() string {
 	for _, s := range append([]string{v.Source, v.FSType}, v.Options...) {
-		if !utf8.ValidString(s) || strings.ContainsRune(s, 0) {
+		if !isText(s) {
 			return fmt.Sprintf("%q is not a text", s)
 		}
 	}
 	return ""
 }
+
+func isText(s string) bool { return utf8.ValidString(s) && !strings.ContainsRune(s, 0) }
 
 func (d *Verity) invalid() string {
 	digits, ok := hexDigits[strings.ToLower(d.Algorithm)]

@@ -59,12 +59,23 @@ func (a Address) listenVSock() (net.Listener, error) {
 }
 
 func listenUnix(path string) (net.Listener, error) {
-	l, err := net.Listen("unix", path) //nolint:noctx // a unix socket opens at once
+	l, err := ListenUnix("unix", path)
+	if err != nil {
+		return nil, err // not l, which would be a Listener that is there
+	}
+	return l, nil
+}
+
+// ListenUnix is Listen for a path and one of Go's networks for it: "unix", as for
+// addresses, or "unixpacket".
+func ListenUnix(network, path string) (*net.UnixListener, error) {
+	addr := &net.UnixAddr{Net: network, Name: path}
+	l, err := net.ListenUnix(network, addr)
 	if errors.Is(err, unix.EADDRINUSE) {
-		if err := removeStale(path); err != nil {
+		if err := removeStale(network, path); err != nil {
 			return nil, err
 		}
-		l, err = net.Listen("unix", path) //nolint:noctx // as above
+		l, err = net.ListenUnix(network, addr)
 	}
 	if err != nil {
 		return nil, err
@@ -78,12 +89,12 @@ func listenUnix(path string) (net.Listener, error) {
 }
 
 // removeStale removes a socket that nobody serves any more.
-func removeStale(path string) error {
+func removeStale(network, path string) error {
 	// connect(2) refuses a file of any other kind with the same errno.
 	if st, err := os.Lstat(path); err != nil || st.Mode()&os.ModeSocket == 0 {
 		return fmt.Errorf("%w: there is a file that is no socket", errdefs.ErrAlreadyExists)
 	}
-	c, err := net.Dial("unix", path) //nolint:noctx // a unix socket answers at once
+	c, err := net.Dial(network, path) //nolint:noctx // a unix socket answers at once
 	if err == nil {
 		_ = c.Close() // only the answer counted
 		return fmt.Errorf("%w: another process serves the socket; stop it or choose another path", errdefs.ErrAlreadyExists)

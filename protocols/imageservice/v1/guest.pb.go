@@ -167,8 +167,11 @@ type MountResponse struct {
 	// The image configuration (OCI JSON), its digest checked.
 	Config []byte `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"`
 	// How the image is mounted: "file" (EROFS on a file), "loop" or "unpacked".
-	Path          string   `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
-	Phases        []*Phase `protobuf:"bytes,4,rep,name=phases,proto3" json:"phases,omitempty"`
+	Path   string   `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
+	Phases []*Phase `protobuf:"bytes,4,rep,name=phases,proto3" json:"phases,omitempty"`
+	// Where the image's bytes come from, as long as that works: "virtio-fs" (the
+	// node's own image file), "relay" or "registry".
+	Source        string `protobuf:"bytes,5,opt,name=source,proto3" json:"source,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -229,6 +232,13 @@ func (x *MountResponse) GetPhases() []*Phase {
 		return x.Phases
 	}
 	return nil
+}
+
+func (x *MountResponse) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
 }
 
 // A step of a start.
@@ -602,9 +612,12 @@ type Mount struct {
 	Target         string                 `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"`
 	Path           string                 `protobuf:"bytes,5,opt,name=path,proto3" json:"path,omitempty"`
 	ImageSize      int64                  `protobuf:"varint,6,opt,name=image_size,json=imageSize,proto3" json:"image_size,omitempty"`
-	// Bytes of the image that are kept locally, and whether that is all.
-	Present       int64 `protobuf:"varint,7,opt,name=present,proto3" json:"present,omitempty"`
-	Complete      bool  `protobuf:"varint,8,opt,name=complete,proto3" json:"complete,omitempty"`
+	// Bytes of the image that are kept locally, and whether that is all. Of an
+	// image that the kernel reads from virtio-fs itself none are.
+	Present  int64 `protobuf:"varint,7,opt,name=present,proto3" json:"present,omitempty"`
+	Complete bool  `protobuf:"varint,8,opt,name=complete,proto3" json:"complete,omitempty"`
+	// As in MountResponse.
+	Source        string `protobuf:"bytes,9,opt,name=source,proto3" json:"source,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -693,6 +706,13 @@ func (x *Mount) GetComplete() bool {
 		return x.Complete
 	}
 	return false
+}
+
+func (x *Mount) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
 }
 
 type StatsRequest struct {
@@ -844,6 +864,9 @@ func (x *StatsResponse) GetRestarts() int64 {
 	return 0
 }
 
+// SourceStats count what came from one source. What the kernel reads from
+// virtio-fs by itself passes nobody who could count it: such a mount is one
+// request of "virtio-fs", without bytes.
 type SourceStats struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1028,12 +1051,13 @@ const file_v1_guest_proto_rawDesc = "" +
 	"\x06target\x18\x03 \x01(\tR\x06target\x12\x14\n" +
 	"\x05upper\x18\x04 \x01(\tR\x05upper\x12\x1b\n" +
 	"\tread_only\x18\x05 \x01(\bR\breadOnly\x12#\n" +
-	"\x04mode\x18\x06 \x01(\x0e2\x0f.tatami.v1.ModeR\x04mode\"\x8e\x01\n" +
+	"\x04mode\x18\x06 \x01(\x0e2\x0f.tatami.v1.ModeR\x04mode\"\xa6\x01\n" +
 	"\rMountResponse\x12'\n" +
 	"\x0fmanifest_digest\x18\x01 \x01(\tR\x0emanifestDigest\x12\x16\n" +
 	"\x06config\x18\x02 \x01(\fR\x06config\x12\x12\n" +
 	"\x04path\x18\x03 \x01(\tR\x04path\x12(\n" +
-	"\x06phases\x18\x04 \x03(\v2\x10.tatami.v1.PhaseR\x06phases\"W\n" +
+	"\x06phases\x18\x04 \x03(\v2\x10.tatami.v1.PhaseR\x06phases\x12\x16\n" +
+	"\x06source\x18\x05 \x01(\tR\x06source\"W\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
 	"\bstart_us\x18\x02 \x01(\x03R\astartUs\x12\x1f\n" +
@@ -1051,7 +1075,7 @@ const file_v1_guest_proto_rawDesc = "" +
 	"\x10PrefetchResponse\"\r\n" +
 	"\vListRequest\"8\n" +
 	"\fListResponse\x12(\n" +
-	"\x06mounts\x18\x01 \x03(\v2\x10.tatami.v1.MountR\x06mounts\"\xdf\x01\n" +
+	"\x06mounts\x18\x01 \x03(\v2\x10.tatami.v1.MountR\x06mounts\"\xf7\x01\n" +
 	"\x05Mount\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\treference\x18\x02 \x01(\tR\treference\x12'\n" +
@@ -1061,7 +1085,8 @@ const file_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"image_size\x18\x06 \x01(\x03R\timageSize\x12\x18\n" +
 	"\apresent\x18\a \x01(\x03R\apresent\x12\x1a\n" +
-	"\bcomplete\x18\b \x01(\bR\bcomplete\"\x0e\n" +
+	"\bcomplete\x18\b \x01(\bR\bcomplete\x12\x16\n" +
+	"\x06source\x18\t \x01(\tR\x06source\"\x0e\n" +
 	"\fStatsRequest\"\xae\x02\n" +
 	"\rStatsResponse\x12\x12\n" +
 	"\x04hits\x18\x01 \x01(\x03R\x04hits\x12\x1b\n" +

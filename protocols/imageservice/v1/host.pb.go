@@ -1004,7 +1004,7 @@ type SnapshotterStatus struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Name   string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Socket string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"`
-	// "guest", "block", "share" or "full".
+	// "guest", "block", "share", "nydus" or "full".
 	Mode string `protobuf:"bytes,3,opt,name=mode,proto3" json:"mode,omitempty"`
 	// The snapshots of containers, and layers that are not served lazily.
 	Snapshots []*SnapshotStatus `protobuf:"bytes,4,rep,name=snapshots,proto3" json:"snapshots,omitempty"`
@@ -1178,8 +1178,11 @@ type SandboxStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// How the node knows the virtual machine.
-	Identity      string             `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`
-	Containers    []*ContainerStatus `protobuf:"bytes,3,rep,name=containers,proto3" json:"containers,omitempty"`
+	Identity   string             `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`
+	Containers []*ContainerStatus `protobuf:"bytes,3,rep,name=containers,proto3" json:"containers,omitempty"`
+	// The virtio-fs device that gets images from the node: "connected", or "lost
+	// since " and the time (RFC 3339). Empty when there is none.
+	VirtioFs      string `protobuf:"bytes,4,opt,name=virtio_fs,json=virtioFs,proto3" json:"virtio_fs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1233,6 +1236,13 @@ func (x *SandboxStatus) GetContainers() []*ContainerStatus {
 		return x.Containers
 	}
 	return nil
+}
+
+func (x *SandboxStatus) GetVirtioFs() string {
+	if x != nil {
+		return x.VirtioFs
+	}
+	return ""
 }
 
 type ContainerStatus struct {
@@ -1385,13 +1395,14 @@ const file_v1_host_proto_rawDesc = "" +
 	"\treference\x18\x03 \x01(\tR\treference\x12'\n" +
 	"\x0fmanifest_digest\x18\x04 \x01(\tR\x0emanifestDigest\x12\x12\n" +
 	"\x04mode\x18\x05 \x01(\tR\x04mode\x12\x16\n" +
-	"\x06reason\x18\x06 \x01(\tR\x06reason\"w\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\"\x94\x01\n" +
 	"\rSandboxStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x12:\n" +
 	"\n" +
 	"containers\x18\x03 \x03(\v2\x1a.tatami.v1.ContainerStatusR\n" +
-	"containers\"~\n" +
+	"containers\x12\x1b\n" +
+	"\tvirtio_fs\x18\x04 \x01(\tR\bvirtioFs\"~\n" +
 	"\x0fContainerStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\treference\x18\x02 \x01(\tR\treference\x12'\n" +
