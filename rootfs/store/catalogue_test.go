@@ -59,7 +59,7 @@ func TestSharedSegment(t *testing.T) {
 func files(t *testing.T, dir string) []string {
 	t.Helper()
 	var out []string
-	for _, sub := range []string{"images", "segments", "tmp"} {
+	for _, sub := range []string{"images", "segments", "shared", "tmp"} {
 		entries, err := os.ReadDir(filepath.Join(dir, sub))
 		check(t, err)
 		for _, e := range entries {

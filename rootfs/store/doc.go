@@ -100,7 +100,15 @@
 // remembered as delivered, and windows leave it out, until it is asked for again,
 // which says that the page cache has lost it and probably its neighbours.
 //
-// # Files
+// # Other processes
+//
+// [Image.Share] gives a segment's own chunks to another process, by descriptors of
+// its file and of a state file that says which of them are there; package shared
+// has the rules of both sides. The state file follows the bits: bytes are in the
+// file before a bit is set; when they go, or a chunk becomes linked, its bit and
+// then the epoch change before anything is overwritten or punched. It ends when
+// the segment moves or closes, and Open ends those of an earlier process before it
+// touches anything. Nothing is written for a segment that nobody has shared.
 //
 //	lock                   flock, one process a directory
 //	tmp/                   what is being written; emptied at Open
@@ -112,6 +120,7 @@
 //	segments/<hex>.links   which chunks are read from other segments
 //	segments/<hex>.bits    which chunks of .data are there
 //	segments/<hex>.home    the bytes live in an image's .erofs instead
+//	shared/<hex>.<n>       state file of an open segment; killed and removed at Open
 //
 // # Locks
 //
@@ -119,6 +128,7 @@
 //	          reads, but by a fetch that links to a segment for the first time)
 //	  segment.flushMu (what is on disk of one segment, durable; held over I/O)
 //	    Store.linking (that what is about to go gets no new links)
-//	      segment.mu (claims, waiters, readahead, links; never held over I/O)
+//	      segment.mu (claims, waiters, readahead, links, changes of bits; never held
+//	                  over I/O, but for page faults of a state file)
 //	        handle.mu, memory.mu, known.mu (leaves)
 package store

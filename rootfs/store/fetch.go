@@ -234,19 +234,23 @@ func (w *watched) Read(p []byte) (int, error) {
 // next, copies them to everyone who waits and gives up the claim.
 func (f *fetch) deliver(b []byte) {
 	g, i := f.v.seg, f.next
-	failed := g.failed.Load()
-	kept, err := g.keep(i, b)
+	lost := g.lost.Load()
+	written, err := g.keep(i, b)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if kept && g.failed.Load() != failed { // the failed sync may have covered this write
-		kept, err = false, fmt.Errorf("keep chunk %d of segment %s: %w", i, g.id, errors.Join(errdefs.ErrResourceExhausted, errUnsynced))
-	}
-	if kept {
+	if written && g.lost.Load() == lost { // else this write may be among what was lost
 		g.setPresent(i)
 		g.s.known.add(g.id, g.table, i)
 		g.tell()
 	}
-	f.hand(b, kept, err)
+	switch kept := g.isPresent(i); { // also when it was ingested meanwhile
+	case kept:
+		f.hand(b, true, nil)
+	case written:
+		f.hand(b, false, fmt.Errorf("keep chunk %d of segment %s: %w", i, g.id, errors.Join(errdefs.ErrResourceExhausted, errUnsynced)))
+	default:
+		f.hand(b, false, err)
+	}
 }
 
 // hand copies the bytes of chunk next to everyone who waits and goes on to the

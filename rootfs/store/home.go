@@ -207,15 +207,14 @@ func (g *segment) ownBits() bitmap {
 func (g *segment) drop(err error) {
 	n := int64(0)
 	g.mu.Lock()
-	for i, c := range g.table.Chunks {
+	for i := range g.table.Chunks {
 		if g.owns(i) && !g.durable.has(i) {
-			g.bits.clear(i)
-			g.missing.Add(c.Len)
+			g.setAbsent(i)
 			n++
 		}
 	}
-	g.epoch.Add(1)
-	g.failed.Add(1)
+	g.lost.Add(1)
+	g.nextEpoch()
 	g.mu.Unlock()
 	g.s.dropped.Store(true)
 	g.s.stats.keepFailures.Add(n)

@@ -19,6 +19,7 @@ type layout string
 func (l layout) temp() string     { return filepath.Join(string(l), "tmp") }
 func (l layout) images() string   { return filepath.Join(string(l), "images") }
 func (l layout) segments() string { return filepath.Join(string(l), "segments") }
+func (l layout) shared() string   { return filepath.Join(string(l), "shared") }
 
 func (l layout) image(manifest digest.Digest, suffix string) string {
 	return filepath.Join(l.images(), manifest.Encoded()+suffix)
@@ -41,7 +42,7 @@ const (
 )
 
 func (l layout) make() error {
-	for _, dir := range []string{l.temp(), l.images(), l.segments()} {
+	for _, dir := range []string{l.temp(), l.images(), l.segments(), l.shared()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return err
 		}

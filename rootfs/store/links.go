@@ -65,6 +65,7 @@ func (s *Store) setLeaving(ids map[index.ID]bool) {
 // setLink makes chunk i present by reading chunk j of target n. Precondition:
 // Store.linking and mu are held, and the chunks are equal.
 func (g *segment) setLink(i, n, j int) {
+	g.hide(i)
 	g.links.Load().at[i].Store(uint64(n+1)<<32 | uint64(uint32(j)))
 	g.relinked.Store(true)
 	g.dirty.Store(true)
@@ -75,17 +76,20 @@ func (g *segment) setLink(i, n, j int) {
 
 // unlink makes chunk i absent if it is linked to chunk j of t still. The bit goes
 // first, and the epoch changes before the link goes, so that a reader who saw the
-// bit and no link finds another epoch.
+// bit and no link finds another epoch. It waits for flushMu, because share, which
+// holds it, punches the chunks that it has linked: none of them may be fetched into
+// the file before that is done.
 func (g *segment) unlink(i int, t *segment, j int) {
+	g.flushMu.Lock()
+	defer g.flushMu.Unlock()
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	l := g.links.Load()
 	if now, k := l.get(i); now != t || k != j {
 		return
 	}
-	g.bits.clear(i)
-	g.missing.Add(g.table.Chunks[i].Len)
-	g.epoch.Add(1)
+	g.setAbsent(i)
+	g.nextEpoch()
 	l.at[i].Store(0)
 	g.relinked.Store(true)
 	g.dirty.Store(true)
@@ -185,11 +189,10 @@ func (g *segment) dropLinks() []*segment {
 	}
 	for i := range l.at {
 		if t, _ := l.get(i); t != nil {
-			g.bits.clear(i)
-			g.missing.Add(g.table.Chunks[i].Len)
+			g.setAbsent(i)
 		}
 	}
-	g.epoch.Add(1)
+	g.nextEpoch()
 	g.links.Store(nil)
 	return l.targets
 }
@@ -224,8 +227,7 @@ func (g *segment) takeLinks(n int, pairs []linkPair) {
 			continue
 		}
 		g.links.Load().at[i].Store(uint64(n+1)<<32 | uint64(p.target))
-		g.bits.set(i)
-		g.missing.Add(-g.table.Chunks[i].Len)
+		g.mark(i)
 	}
 }
 

@@ -101,6 +101,7 @@ func (s *Store) openSegment(id index.ID, t *index.Table) (*segment, error) {
 		return g, nil
 	}
 	g := newSegment(s, id, t)
+	g.endLeft() // before any byte may go
 	if s.cfg.Keep {
 		if err := g.openHome(); err != nil {
 			return nil, fmt.Errorf("segment %s: %w", id, err)

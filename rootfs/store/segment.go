@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/store/shared"
 )
 
 // segment is the state of one open segment, shared by all who read it.
@@ -29,9 +30,10 @@ type segment struct {
 	relinked atomic.Bool           // links were changed since they were written
 	dirty    atomic.Bool           // bits were set since the last flush
 	epoch    atomic.Int64          // how often present bytes went or moved to a link; changes with mu held
-	failed   atomic.Int64          // how often a sync failed; changes with mu held
+	lost     atomic.Int64          // how often bytes of home went, or may have, as when a sync failed; changes with mu held
 	flushMu  sync.Mutex            // one flush, or one change of home, at a time
 	durable  bitmap                // chunks whose bytes in home survived a sync; protected by flushMu
+	state    *shared.State         // tells other processes what is in home; nil when none has asked; changes with flushMu and mu held
 
 	mu     sync.Mutex
 	claims map[int]*claim // chunks being fetched, protected by mu
@@ -109,23 +111,15 @@ func (g *segment) readHome(p []byte, off int64) error {
 	}
 }
 
-// setPresent marks chunk i. Precondition: its bytes are in home.
-func (g *segment) setPresent(i int) {
-	if g.bits.set(i) {
-		g.missing.Add(-g.table.Chunks[i].Len)
-		g.dirty.Store(true)
-	}
-}
-
-// keep writes a verified chunk to the segment's home and reports whether it is
-// there. It is called without locks, by the one fetch that has claimed the chunk.
+// keep writes a verified chunk to the segment's home and reports whether it has.
+// It is called without locks, by the one fetch that has claimed the chunk.
 func (g *segment) keep(i int, b []byte) (bool, error) {
 	h := g.home.Load()
 	if h == nil {
 		return false, nil
 	}
 	if g.bits.has(i) { // ingested meanwhile
-		return true, nil
+		return false, nil
 	}
 	if !h.own { // the disk has ruined a complete image, which is not written again
 		return false, nil
@@ -145,6 +139,7 @@ func (g *segment) keep(i int, b []byte) (bool, error) {
 // Precondition: flushMu is held.
 func (g *segment) moveTo(h *home, have bitmap, synced bool) {
 	g.mu.Lock()
+	state := g.takeState((*shared.State).Move) // whatever becomes of the old file is not seen any more
 	old, l := g.home.Swap(h), g.links.Load()
 	for i := range g.table.Chunks {
 		if have != nil && !have.has(i) {
@@ -160,14 +155,17 @@ func (g *segment) moveTo(h *home, have bitmap, synced bool) {
 		}
 	}
 	g.mu.Unlock()
+	g.closeState(state)
 	if old != nil {
 		_ = old.file.Close() // its bytes are in h; readers of the moment try again
 	}
 }
 
-// close releases the segment's file. Precondition: nobody reads it.
+// close releases the segment's file. Precondition: Store.mu is held and nobody reads
+// it.
 func (g *segment) close() {
 	g.flush()
+	g.endState()
 	g.s.mem.forget(g)
 	if h := g.home.Load(); h != nil {
 		_ = h.file.Close() // flush has synced it or said that it could not

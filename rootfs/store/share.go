@@ -114,10 +114,10 @@ func (g *segment) lose(i int, err error) {
 	if !g.owns(i) {
 		return
 	}
-	g.bits.clear(i)
+	g.setAbsent(i)
 	g.durable.clear(i)
-	g.missing.Add(g.table.Chunks[i].Len)
-	g.epoch.Add(1)
+	g.lost.Add(1)
+	g.nextEpoch()
 	g.dirty.Store(true)
 	g.s.stats.verifyFailures.Add(1)
 	g.s.log.Error("disk gave wrong bytes; they are fetched again", "segment", g.id, "dir", g.s.cfg.Dir, "err", err)
@@ -216,13 +216,15 @@ func (g *segment) swapAll(swaps []swap) (gone bitmap, durable bool) {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.epoch.Add(1) // readers of these bytes in the own file read again
+	g.lost.Add(1)
+	g.nextEpoch() // readers of these bytes in the own file read again
 	return gone, durable
 }
 
 // punch gives back the disk of chunks that the segment's own file no longer needs,
 // with the padding behind them. A filesystem that cannot keeps them.
-// Precondition: flushMu is held, and none of the chunks is owned or being fetched.
+// Precondition: flushMu is held, and none of the chunks is owned or being fetched:
+// they are linked, which only a holder of flushMu ends, or nobody uses the segment.
 func (g *segment) punch(gone bitmap) {
 	chunks, h := g.table.Chunks, g.home.Load()
 	for i := 0; i < len(chunks); i++ {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/store/shared"
 )
 
 // Config says where a store is and what it may use. Zero values mean the
@@ -67,13 +68,15 @@ type Store struct {
 	linking sync.RWMutex      // held while a link is made
 	leaving map[index.ID]bool // segments that are about to be cut down or removed: no link to them is made; protected by linking
 
-	mu       sync.Mutex
-	closed   bool                     // protected by mu, as all below
-	records  map[digest.Digest]record // images on disk
-	images   map[digest.Digest]*image // open ones
-	segments map[index.ID]*segment    // open ones
-	handles  map[*handle]bool         // whoever reads them
-	ingested map[index.ID]bool        // by this process and not yet part of an image: GC leaves them
+	mu         sync.Mutex
+	closed     bool                       // protected by mu, as all below
+	records    map[digest.Digest]record   // images on disk
+	images     map[digest.Digest]*image   // open ones
+	segments   map[index.ID]*segment      // open ones
+	handles    map[*handle]bool           // whoever reads them
+	left       map[index.ID]*shared.State // of closed segments, while keepShares
+	keepShares bool                       // state files outlive their segments
+	ingested   map[index.ID]bool          // by this process and not yet part of an image: GC leaves them
 }
 
 const (
@@ -88,7 +91,7 @@ func Open(cfg Config) (*Store, error) {
 	s := &Store{
 		cfg: cfg, log: cfg.Log, dir: layout(cfg.Dir), mem: newMemory(cfg.Memory), known: newKnown(cfg.Dedup), scanned: make(chan struct{}),
 		records: map[digest.Digest]record{}, images: map[digest.Digest]*image{},
-		segments: map[index.ID]*segment{}, handles: map[*handle]bool{}, ingested: map[index.ID]bool{},
+		segments: map[index.ID]*segment{}, handles: map[*handle]bool{}, left: map[index.ID]*shared.State{}, ingested: map[index.ID]bool{},
 		fillQuiet: 20 * time.Millisecond, fillPatience: time.Second,
 		syncFile: (*os.File).Sync,
 	}
@@ -144,7 +147,10 @@ func (s *Store) openDir() (err error) {
 	if s.lock, err = lockFile(filepath.Join(s.cfg.Dir, "lock")); err != nil {
 		return err
 	}
-	if err = s.dir.clearTemp(); err == nil {
+	if err = shared.Retire(s.dir.shared()); err == nil { // before any byte that they speak of may go
+		err = s.dir.clearTemp()
+	}
+	if err == nil {
 		err = s.loadRecords()
 	}
 	if err != nil {
@@ -211,14 +217,15 @@ func (s *Store) each(choose func(g *segment) bool, do func(g *segment)) {
 }
 
 // Close ends all reads and fetches, makes what was kept durable and releases
-// the directory. Images that are still open are closed. It is idempotent.
+// the directory. Images that are still open are closed. What they share can be read
+// on until the store is opened again (KeepShares). It is idempotent.
 func (s *Store) Close() error {
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
 		return nil
 	}
-	s.closed = true
+	s.closed, s.keepShares = true, true // no segment is opened any more: nothing goes
 	s.cancel()
 	open := slices.Collect(maps.Keys(s.handles))
 	s.mu.Unlock()
@@ -227,5 +234,5 @@ func (s *Store) Close() error {
 	}
 	s.wg.Wait()
 	s.mem.drop()
-	return s.lock.Close()
+	return errors.Join(s.leaveShares(), s.lock.Close())
 }

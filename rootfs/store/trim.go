@@ -135,7 +135,7 @@ func (g *segment) keepOnly(need []int) (gone bitmap) {
 	gone = newBitmap(len(g.table.Chunks))
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for i, c := range g.table.Chunks {
+	for i := range g.table.Chunks {
 		if keep.has(i) {
 			continue
 		}
@@ -143,11 +143,11 @@ func (g *segment) keepOnly(need []int) (gone bitmap) {
 		g.durable.clear(i)
 		g.s.known.forget(g.id, g.table, i)
 		if g.bits.has(i) {
-			g.bits.clear(i)
-			g.missing.Add(c.Len)
+			g.setAbsent(i)
 			g.dirty.Store(true)
 		}
 	}
-	g.epoch.Add(1)
+	g.lost.Add(1)
+	g.nextEpoch()
 	return gone
 }
