@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync/atomic"
@@ -38,6 +39,68 @@ func TestReads(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// growingFile is mapped as far as it was asked for, and a little more.
+type growingFile struct {
+	*mappedFile
+	asked atomic.Int64 // calls of ReadAt
+}
+
+func growing(t *testing.T, size int64) *growingFile {
+	g := &growingFile{mappedFile: mapped(t, size, 0, nil)}
+	g.read = func(_ context.Context, p []byte, off int64) (int, error) {
+		g.asked.Add(1)
+		g.have = min(size, off+2*int64(len(p)))
+		return copy(p, contents(off, int64(len(p)))), nil
+	}
+	return g
+}
+
+// What is mapped by the time that a piece was read is not asked for.
+func TestPieces(t *testing.T) {
+	const size = 1 << 20
+	f := growing(t, size)
+	g := initialized(t, Config{Directory: directory(t, map[string]File{"image": f})})
+	node, _, _ := g.lookup("image")
+	if got, errno := g.read(node, 0, size); errno != 0 || !bytes.Equal(got, contents(0, size)) {
+		t.Errorf("%v, %d bytes or others", errno, len(got))
+	}
+	if n := f.asked.Load(); n != size/(2*piece) {
+		t.Errorf("asked for %d pieces", n)
+	}
+}
+
+// fadingFile says where its bytes are and, when they were read, that they were not
+// there any more.
+type fadingFile struct {
+	*mappedFile
+	close bool
+}
+
+func (f *fadingFile) Map(off int64) (*os.File, int64, int64, uint64) {
+	if f.close {
+		_ = f.f.Close() // it is only read
+	}
+	return f.f, 0, f.size - off, 5
+}
+
+func (f *fadingFile) Valid(_ int64, stamp uint64) bool { return stamp != 5 }
+
+// Bytes that were not there all the time of a read do not count, nor does its error.
+func TestFading(t *testing.T) {
+	const size = 300_000
+	for _, closed := range []bool{false, true} {
+		f := &fadingFile{mapped(t, size, size, good(size)), closed}
+		g := initialized(t, Config{Directory: directory(t, map[string]File{"image": f})})
+		node, _, _ := g.lookup("image")
+		if got, errno := g.read(node, 1000, size); errno != 0 || !bytes.Equal(got, contents(1000, size-1000)) {
+			t.Errorf("closed %v: %v, %d bytes or others", closed, errno, len(got))
+		}
+		if st := g.srv.Stats(); st.Direct != 0 {
+			t.Errorf("closed %v: %+v", closed, st)
+		}
 	}
 }
 
@@ -89,16 +152,16 @@ func TestNames(t *testing.T) {
 	if _, errno := g.read(one, 0, 1); errno != syscall.ESTALE {
 		t.Errorf("read of a removed file: %v", errno)
 	}
-	if got := g.list(); !slices.Equal(got, []string{"late", "two"}) {
+	if got := g.list(1); !slices.Equal(got, []string{"late", "two"}) {
 		t.Errorf("listing: %q", got)
 	}
 }
 
 // list reads the directory in small pieces.
-func (g *guest) list() (names []string) {
+func (g *guest) list(dir uint64) (names []string) {
 	g.t.Helper()
 	for off := uint64(0); ; {
-		b, errno := g.call(1, message(opReaddir, 1, words(0, off, 40, 0, 0)), outHeaderSize+40)
+		b, errno := g.call(1, message(opReaddir, dir, words(0, off, 40, 0, 0)), outHeaderSize+40)
 		if errno != 0 {
 			g.t.Fatal(errno)
 		}
@@ -119,7 +182,9 @@ func (g *guest) list() (names []string) {
 func TestOpen(t *testing.T) {
 	const directIO, keepCache, noFlush = 1, 2, 32 // fuse.h, FOPEN_
 	for cached, want := range map[bool]uint32{false: directIO | keepCache | noFlush, true: keepCache | noFlush} {
-		g := initialized(t, Config{Directory: directory(t, map[string]File{"image": good(1)}), Cached: cached})
+		d := directory(t, map[string]File{"image": good(1)})
+		d.Cached = cached
+		g := initialized(t, Config{Directory: d})
 		node, _, _ := g.lookup("image")
 		b, errno := g.call(1, message(14, node, words(0)), outHeaderSize+16)
 		if errno != 0 || binary.LittleEndian.Uint32(b[8:]) != want {
@@ -304,6 +369,41 @@ func TestRemoveUnderARead(t *testing.T) {
 }
 
 // A driver that stops gets its answers.
+// A read that has no turn, because those of another file do not end, does not hold up
+// the end of its own.
+func TestRemoveBehindReads(t *testing.T) {
+	s, m := newStuck(), &missing{newStuck(), make(chan struct{}, 1)}
+	dir := directory(t, map[string]File{"stuck": s, "behind": m})
+	g := initialized(t, Config{Directory: dir, Requests: 1, Queues: 2})
+	node, _, _ := g.lookup("stuck")
+	behind, _, _ := g.lookup("behind")
+	g.offer(2, readMessage(node, 0, 4096), outHeaderSize+4096)
+	<-s.entered
+	g.offer(1, readMessage(behind, 0, 4096), outHeaderSize+4096)
+	<-m.asked
+	dir.Remove("behind") // or hangs
+	if _, errno := g.reply(1); errno != syscall.EIO {
+		t.Errorf("read of what was removed: %v", errno)
+	}
+	close(s.goOn)
+	if _, used, ok := g.rings[2].WaitUsed(wait); !ok || used != outHeaderSize+4096 {
+		t.Error(used, ok)
+	}
+}
+
+// missing says that none of its bytes are in an open file.
+type missing struct {
+	*stuck
+	asked chan struct{}
+}
+
+func (m *missing) Map(int64) (*os.File, int64, int64, uint64) {
+	m.asked <- struct{}{}
+	return nil, 0, 0, 0
+}
+
+func (m *missing) Valid(int64, uint64) bool { return false }
+
 func TestStopUnderARead(t *testing.T) {
 	s := newStuck()
 	g := initialized(t, Config{Directory: directory(t, map[string]File{"stuck": s})})

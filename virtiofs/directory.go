@@ -27,10 +27,13 @@ type File interface {
 // Mapper is what a File may be besides: one that knows which of its bytes lie in
 // open files of this process.
 type Mapper interface {
-	// Map says where the bytes from off on are: n of them from at on in f, where
-	// they neither change nor vanish while the File is in use. n is 0 when ReadAt
-	// has to be asked. It does no I/O.
-	Map(off int64) (f *os.File, at, n int64)
+	// Map says where the bytes from off on are: n of them from at on in f, as long
+	// as stamp is valid. n is 0 when ReadAt has to be asked. It does no I/O.
+	Map(off int64) (f *os.File, at, n int64, stamp uint64)
+	// Valid says whether what Map answered for off with this stamp was right all
+	// the time until now. What was read meanwhile counts only then, an error
+	// included: f may even be closed.
+	Valid(off int64, stamp uint64) bool
 }
 
 const maxName = 255 // bytes, NAME_MAX
@@ -40,6 +43,9 @@ type Directory struct {
 	// Find is told of a name that a guest asks for and that is not there; it may
 	// Add it. May be nil. Set before use, does not wait for anything slow.
 	Find func(name string)
+	// Cached lets the guest keep pages of the files, for readers that share them.
+	// Without, only what is mounted on a file caches its data, once. Set before use.
+	Cached bool
 
 	mu    sync.RWMutex
 	last  uint64 // id given last; the root directory has 1
@@ -68,20 +74,27 @@ func NewDirectory() *Directory {
 // Add makes a file appear. A name begins with no dot, which hides files from
 // guests. A guest that knew another file by that name may believe in its size until
 // it forgets it, so do not use names again for other contents.
-func (d *Directory) Add(name string, f File) error {
-	if !validName(name) || f == nil {
+func (d *Directory) Add(name string, f File) error { return d.AddAs(0, name, f) }
+
+// AddAs is Add with the node id by which guests know the file already, or will: from
+// 2 to 1<<48-1, of no other file at any time. 0 stands for one that the Directory
+// gives, which is more than any before.
+func (d *Directory) AddAs(id uint64, name string, f File) error {
+	if !validName(name) || f == nil || id == fuse.FUSE_ROOT_ID || id >= 1<<48 {
 		return fmt.Errorf("add file %q: not a name to serve: %w", name, errdefs.ErrInvalidArgument)
 	}
 	n := &node{name: name, file: f, size: f.Size()}
 	n.gone, n.remove = context.WithCancel(context.Background())
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.names[name] != nil {
+	if id == 0 {
+		id = d.last + 1
+	}
+	if d.names[name] != nil || d.nodes[id] != nil {
 		n.remove()
 		return fmt.Errorf("add file %q: %w", name, errdefs.ErrAlreadyExists)
 	}
-	d.last++
-	n.id = d.last
+	n.id, d.last = id, max(d.last, id)
 	d.nodes[n.id], d.names[name] = n, n
 	return nil
 }

@@ -8,11 +8,16 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/mount/imagefs"
 )
 
-// filesystem answers what go-fuse has taken apart: everything but reads.
+// filesystem answers what go-fuse has taken apart, for a Directory: everything but
+// reads. What it lacks the device does not ask for (imageErrno).
 type filesystem struct {
 	fuse.RawFileSystem
-	dir    *Directory
-	cached bool
+	dir *Directory
+}
+
+// FileSystem implements Subtree.
+func (d *Directory) FileSystem() fuse.RawFileSystem {
+	return &filesystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), dir: d}
 }
 
 func (f *filesystem) String() string { return "tatami" }
@@ -52,7 +57,7 @@ func (f *filesystem) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut)
 		return fuse.Status(syscall.ESTALE) // Linux looks the name up again
 	}
 	out.OpenFlags = fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_NOFLUSH
-	if !f.cached {
+	if !f.dir.Cached {
 		out.OpenFlags |= fuse.FOPEN_DIRECT_IO
 	}
 	return fuse.OK
@@ -70,6 +75,16 @@ func (f *filesystem) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, _ *fuse.OpenOut
 func (f *filesystem) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
 	for _, n := range f.dir.after(in.Offset) {
 		if !out.AddDirEntry(fuse.DirEntry{Name: n.name, Ino: n.id, Mode: syscall.S_IFREG, Off: n.id}) {
+			break
+		}
+	}
+	return fuse.OK
+}
+
+// ReadDirPlus is ReadDir: what belongs to the names is not told, which is allowed.
+func (f *filesystem) ReadDirPlus(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	for _, n := range f.dir.after(in.Offset) {
+		if out.AddDirLookupEntry(fuse.DirEntry{Name: n.name, Ino: n.id, Mode: syscall.S_IFREG, Off: n.id}) == nil {
 			break
 		}
 	}

@@ -56,7 +56,11 @@ type mappedFile struct {
 	have int64
 }
 
-func (m *mappedFile) Map(off int64) (*os.File, int64, int64) { return m.f, off + 4096, m.have - off }
+func (m *mappedFile) Map(off int64) (*os.File, int64, int64, uint64) {
+	return m.f, off + 4096, m.have - off, 0
+}
+
+func (m *mappedFile) Valid(int64, uint64) bool { return true }
 
 func mapped(t *testing.T, size, have int64, rest *funcFile) *mappedFile {
 	t.Helper()

@@ -68,25 +68,45 @@ func (w *worker) finish() {
 
 func (w *worker) handle(c *call) {
 	total := vhostuser.Len(c.chain.Readable)
-	n, _ := vhostuser.CopyOut(c.msg[:], c.chain.Readable)
+	c.bufs = append(c.bufs[:0], c.chain.Readable...) // CopyOut moves them
+	n, _ := vhostuser.CopyOut(c.msg[:], c.bufs)
 	r, ok := parseRequest(c.msg[:n], total)
-	switch {
-	case !ok || r.kind == unheard:
+	if !ok {
 		w.push(c, 0)
-	case r.kind == data:
-		w.read(c, &r)
-	case r.kind == metadata:
+		return
+	}
+	r.sub = w.tree.find(r.node)
+	switch {
+	case r.opcode == opInit || r.opcode == opDestroy:
 		w.answer(c, &r)
-	case r.kind == readOnly:
-		w.fail(c, r.unique, syscall.EROFS)
+	case r.kind == unheard:
+		w.forget(c, &r)
+	case w.target(&r) != nil:
+		w.file(c, &r)
 	default:
-		w.fail(c, r.unique, syscall.ENOSYS)
+		w.image(c, &r)
 	}
 }
 
-// answer has go-fuse answer a request of metadata.
+// image answers a request for an image or a directory of the tree.
+func (w *worker) image(c *call, r *request) {
+	switch {
+	case r.sub == nil && (r.kind == data || w.tree.own(r.node) == nil):
+		w.fail(c, r.unique, syscall.ESTALE)
+	case r.kind == data:
+		w.read(c, r)
+	case r.kind == metadata:
+		w.answer(c, r)
+	case r.kind == readOnly:
+		w.fail(c, r.unique, syscall.EROFS)
+	default:
+		w.fail(c, r.unique, imageErrno(r.opcode, w.mixed, w.cfg.XAttr))
+	}
+}
+
+// answer has go-fuse answer a request of metadata on the spot.
 func (w *worker) answer(c *call, r *request) {
-	if errno := r.check(w.dir); errno != 0 {
+	if errno := r.check(); errno != 0 {
 		w.fail(c, r.unique, errno)
 		return
 	}
@@ -98,6 +118,9 @@ func (w *worker) answer(c *call, r *request) {
 		w.fail(c, r.unique, syscall.EIO) // before any INIT
 		return
 	}
+	if r.opcode == opInit || r.opcode == opDestroy {
+		w.reset()
+	}
 	n, st := s.HandleRequest([][]byte{r.msg}, [][]byte{w.reply[:]})
 	if n < outHeaderSize || int64(n) > vhostuser.Len(c.chain.Writable) {
 		w.fail(c, r.unique, syscall.EIO)
@@ -106,6 +129,9 @@ func (w *worker) answer(c *call, r *request) {
 	if r.opcode == opInit && st.Ok() {
 		w.session.Store(s)
 		w.sessions.Add(1)
+		if w.cfg.Began != nil {
+			w.cfg.Began(r.msg)
+		}
 	}
 	vhostuser.CopyIn(c.chain.Writable, w.reply[:n])
 	w.push(c, n)

@@ -16,6 +16,10 @@ import (
 // complainEvery is how often failed reads of one file are logged, in seconds.
 const complainEvery = 60
 
+// piece is how many bytes ReadAt is asked for at a time: what lies behind them may
+// be mapped then.
+const piece = 128 << 10
+
 // maxIovec is IOV_MAX of Linux.
 const maxIovec = 1024
 
@@ -43,6 +47,9 @@ func (w *worker) read(c *call, r *request) {
 	}
 	select {
 	case w.slots <- struct{}{}:
+	case <-t.node.gone.Done(): // Remove waits for this read, and others' need not end before
+		w.end(t, syscall.EIO)
+		return
 	case <-w.q.Halted():
 		w.giveUp(t)
 		return
@@ -63,7 +70,7 @@ func (w *worker) transfer(c *call, r *request) (*transfer, syscall.Errno) {
 	if room < n {
 		return nil, syscall.EINVAL
 	}
-	f := w.dir.enter(r.node)
+	f := r.sub.images.enter(r.node & localMask)
 	if f == nil {
 		return nil, syscall.ESTALE
 	}
@@ -79,8 +86,10 @@ func (w *worker) wait(t *transfer) {
 	stop := context.AfterFunc(t.node.gone, cancel)
 	defer stop()
 	err := t.mapped(0)
-	if err == nil && t.done < t.n {
-		err = t.copied(ctx, w.buffers)
+	for err == nil && t.done < t.n {
+		if err = t.copied(ctx, w.buffers); err == nil {
+			err = t.mapped(0)
+		}
 	}
 	switch {
 	case err == nil:
@@ -93,30 +102,37 @@ func (w *worker) wait(t *transfer) {
 	}
 }
 
-// mapped moves what lies in open files, up to the first byte that does not. The
-// error is that of preadv2(2), EAGAIN when it would have to wait for the disk.
+// mapped moves what lies in open files, up to the first byte that does not, or not
+// any more. The error is that of preadv2(2), EAGAIN when it would have to wait for
+// the disk.
 func (t *transfer) mapped(flags int) error {
 	m, ok := t.node.file.(Mapper)
 	for ok && t.done < t.n {
-		f, at, n := m.Map(t.off + t.done)
+		off := t.off + t.done
+		f, at, n, stamp := m.Map(off)
 		if n <= 0 {
 			return nil
 		}
-		if err := t.preadv(f, at, min(n, t.n-t.done), flags); err != nil {
+		got, err := t.preadv(f, at, min(n, t.n-t.done), flags)
+		if !m.Valid(off, stamp) {
+			return nil
+		}
+		if err != nil {
 			return err
 		}
+		t.done += int64(got)
+		t.room = skip(t.room, got)
 	}
 	return nil
 }
 
 // preadv moves up to n bytes from at of f to the guest.
-func (t *transfer) preadv(f *os.File, at, n int64, flags int) error {
+func (t *transfer) preadv(f *os.File, at, n int64, flags int) (got int, err error) {
 	t.iov = first(t.iov[:0], t.room, n)
 	conn, err := f.SyscallConn() // holds f open
 	if err != nil {
-		return err
+		return 0, err
 	}
-	var got int
 	cerr := conn.Control(func(fd uintptr) {
 		for {
 			if got, err = unix.Preadv2(int(fd), t.iov, at, flags); !errors.Is(err, unix.EINTR) {
@@ -126,20 +142,18 @@ func (t *transfer) preadv(f *os.File, at, n int64, flags int) error {
 	})
 	switch {
 	case cerr != nil:
-		return cerr
+		return 0, cerr
 	case err != nil:
-		return fmt.Errorf("read %s at %d: %w", f.Name(), at, err)
+		return 0, fmt.Errorf("read %s at %d: %w", f.Name(), at, err)
 	case got == 0:
-		return fmt.Errorf("read %s at %d: %w: the file was cut", f.Name(), at, io.ErrUnexpectedEOF)
+		return 0, fmt.Errorf("read %s at %d: %w: the file was cut", f.Name(), at, io.ErrUnexpectedEOF)
 	}
-	t.done += int64(got)
-	t.room = skip(t.room, got)
-	return nil
+	return got, nil
 }
 
-// copied moves what is left through private memory.
+// copied moves the next piece through private memory.
 func (t *transfer) copied(ctx context.Context, b *buffers) error {
-	buf, err := b.get(ctx, int(t.n-t.done))
+	buf, err := b.get(ctx, int(min(t.n-t.done, piece)))
 	if err != nil {
 		return err
 	}
@@ -148,8 +162,8 @@ func (t *transfer) copied(ctx context.Context, b *buffers) error {
 	if got < len(buf) {
 		return errors.Join(err, io.ErrUnexpectedEOF)
 	}
-	vhostuser.CopyIn(t.room, buf)
-	t.done = t.n
+	_, t.room = vhostuser.CopyIn(t.room, buf)
+	t.done += int64(len(buf))
 	return nil
 }
 

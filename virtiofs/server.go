@@ -20,7 +20,13 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	d := newDevice(cfg)
+	d, err := newDevice(cfg)
+	if err == nil {
+		err = d.resume(cfg.Session)
+	}
+	if err != nil {
+		return nil, err
+	}
 	front, err := vhostuser.New(vhostuser.Config{Device: d, Queues: 1 + cfg.Queues, Space: cfg.space(),
 		Broken: cfg.Broken, Log: cfg.Log})
 	if err != nil {

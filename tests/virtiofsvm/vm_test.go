@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -107,6 +108,18 @@ type daemon struct {
 // if there is one, is the program's 3.
 func serve(t testing.TB, l *os.File, args ...string) *daemon {
 	t.Helper()
+	d := launch(t, l, args...)
+	select {
+	case <-d.err.ready:
+	case <-d.done:
+		t.Fatalf("tatami-virtiofsd ended: %s", &d.err)
+	}
+	return d
+}
+
+// launch starts the program.
+func launch(t testing.TB, l *os.File, args ...string) *daemon {
+	t.Helper()
 	d := &daemon{cmd: exec.Command(daemonPath(t), args...), done: make(chan struct{})}
 	d.err.ready = make(chan struct{})
 	d.cmd.Stderr = &d.err
@@ -127,11 +140,6 @@ func serve(t testing.TB, l *os.File, args ...string) *daemon {
 			t.Logf("tatami-virtiofsd: %s", &d.err)
 		}
 	})
-	select {
-	case <-d.err.ready:
-	case <-d.done:
-		t.Fatalf("tatami-virtiofsd ended: %s", &d.err)
-	}
 	return d
 }
 
@@ -168,7 +176,7 @@ func device(tag, socket string, queues int) []string {
 
 func start(t testing.TB, o vmtest.Options) *guest {
 	t.Helper()
-	o.Init, o.Binaries = testInit, []string{losetup}
+	o.Init, o.Binaries = testInit, append(o.Binaries, losetup)
 	g := &guest{vmtest.Start(t, o), t}
 	g.wait()
 	return g
@@ -259,7 +267,7 @@ const (
 	blobSize    = 4 << 20
 )
 
-func newFixture(t *testing.T) *fixture {
+func newFixture(t testing.TB) *fixture {
 	t.Helper()
 	vmtest.Need(t)
 	for _, p := range []string{"mkfs.erofs", "busybox", losetup} {
@@ -287,7 +295,7 @@ func newFixture(t *testing.T) *fixture {
 	return f
 }
 
-func run(t *testing.T, dir, name string, args ...string) string {
+func run(t testing.TB, dir, name string, args ...string) string {
 	t.Helper()
 	cmd := exec.Command(name, args...)
 	cmd.Dir = dir
@@ -300,7 +308,7 @@ func run(t *testing.T, dir, name string, args ...string) string {
 
 // makeTree makes small files, links, a hole and one large file, whose digest it
 // returns.
-func makeTree(t *testing.T, tree string) [sha256.Size]byte {
+func makeTree(t testing.TB, tree string) [sha256.Size]byte {
 	t.Helper()
 	rnd := rand.New(rand.NewSource(1))
 	write := func(name string, n int) []byte {
@@ -538,6 +546,64 @@ func TestMachineKilled(t *testing.T) {
 		t.Error(err)
 	}
 	d.ended(t)
+}
+
+// A child of the daemon that is killed is a pause for the guest: what it reads is
+// right, however often, and its memory and its boots are served as before.
+func TestChildKilled(t *testing.T) {
+	f := newFixture(t)
+	d := serve(t, nil, "--socket-path", f.socket, "--shared-dir", f.dir, "--cache", "never")
+	g := boot(t, f.socket, 4, true)
+	monitor := dialMonitor(t, f.socket+".monitor")
+	g.sh(mountFS + " && " + mountImage)
+	const readers, kills = 3, 20
+	sum := fmt.Sprintf("%x  -\n", f.blob)
+	g.sh(fmt.Sprintf("for r in $(seq %d); do (while [ ! -e /tmp/stop ]; do echo 3 > /proc/sys/vm/drop_caches; "+
+		"sha256sum < /mnt/blob; done > /tmp/sums$r 2>&1; touch /tmp/done$r) > /dev/null 2>&1 & done", readers))
+	for range kills {
+		d.killChild(t)
+		time.Sleep(4500 * time.Millisecond) // more often, and the daemon gives up
+	}
+	g.sh(fmt.Sprintf("touch /tmp/stop; i=0; while [ $(ls /tmp/done* 2>/dev/null | wc -l) -lt %d ]; do i=$((i+1)); [ $i -lt 600 ] || exit 1; sleep 0.1; done", readers))
+	for r := range readers {
+		got := g.sh(fmt.Sprintf("cat /tmp/sums%d", r+1))
+		if n := strings.Count(got, "\n"); n < 3 || got != strings.Repeat(sum, n) {
+			t.Errorf("reader %d: digests of the large file:\n%swant: %s", r, got, sum)
+		}
+	}
+	g.expectTree(f)
+	g.during(t, "files come and go", func(t *testing.T, g *guest) { testFilesComeAndGo(t, f, g) })
+	g.during(t, "changes under load", func(t *testing.T, g *guest) { testChangesUnderLoad(t, f, g, monitor) })
+	g.during(t, "reboot", func(t *testing.T, g *guest) {
+		g.sh("touch /tmp/before")
+		c := g.start("reboot")
+		defer c.Close()
+		vmtest.WaitReady(t, g.VM, g.rebooted)
+		d.killChild(t)
+		g.sh(mountFS + " && " + mountImage)
+		g.expectBlob(f)
+	})
+	g.powerOff()
+	d.ended(t)
+}
+
+// killChild kills the process that has the guest.
+func (d *daemon) killChild(t *testing.T) {
+	t.Helper()
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", d.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range threads {
+		b, err := os.ReadFile(path)
+		if pid, _ := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && pid > 0 {
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+	}
+	t.Fatal("the daemon has no child")
 }
 
 // A guest whose device is gone cannot be saved, but it ends when its owner, who

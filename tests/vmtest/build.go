@@ -1,6 +1,7 @@
 package vmtest
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"os"
@@ -94,7 +95,7 @@ func initrd(k vm.Kernel, o *Options) (string, error) {
 	}
 	key := []string{k.Image, prog, strings.Join(slices.Concat(cfg.Modules, cfg.OptionalModules), " "), strings.Join(cfg.Binaries, " ")}
 	for name, data := range o.Files {
-		key = append(key, name+"\x00"+string(data))
+		key = append(key, fmt.Sprintf("%s %x", name, sha256.Sum256(data)))
 	}
 	slices.Sort(key[4:])
 	return artefacts.get(strings.Join(key, "\x00"), func(f *os.File) error { return initramfs.Build(f, cfg) })

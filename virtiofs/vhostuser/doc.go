@@ -27,6 +27,10 @@
 // them were given back. Those without an answer are kept over a change of the
 // memory and popped again; a queue that is disabled or stopped is drained first.
 //
+// A [Relay] lets the device outlive its process: it stands between the VMM and the
+// processes that run a Server, one after another, and each takes up the chains that
+// the one before has not answered.
+//
 // Lock order: breaker.mu, Queue.mu, Queue.callMu; the last two are never held
 // together.
 package vhostuser

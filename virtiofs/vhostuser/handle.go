@@ -27,6 +27,8 @@ func (s *session) handle(m *message) (reply []byte, err error) {
 		return encodeU64(maxMemSlots), nil
 	case setMemTable, addMemReg, remMemReg:
 		return nil, s.handleMemory(m)
+	case setInflightFD: // from a Relay, which does not ask
+		return nil, s.setInflight(m)
 	case getConfig:
 		return s.getConfig(m.payload)
 	case getStatus:

@@ -53,6 +53,7 @@ const (
 	getConfig        request = 24
 	setConfig        request = 25
 	resetDevice      request = 34
+	setInflightFD    request = 32
 	getMaxMemSlots   request = 36
 	addMemReg        request = 37
 	remMemReg        request = 38

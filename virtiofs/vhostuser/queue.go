@@ -21,11 +21,12 @@ type Queue struct {
 	mu        sync.Mutex
 	stopped   bool
 	draining  bool
-	lastAvail uint16   // index of the next chain to take
-	out       int      // chains popped and not given back, at most ring.num
-	kept      []uint16 // heads that Pop gives out before new ones, or the next start does
-	usedIdx   uint16   // index of the next used element
-	signaled  uint16   // usedIdx at the last call, when hasSignaled
+	lastAvail uint16    // index of the next chain to take
+	out       int       // chains popped and not given back, at most ring.num
+	kept      []uint16  // heads that Pop gives out before new ones, or the next start does
+	record    *inflight // of the chains that are out or kept; may be nil
+	usedIdx   uint16    // index of the next used element
+	signaled  uint16    // usedIdx at the last call, when hasSignaled
 	// Without a call yet (or after a pause) the driver's wish cannot be compared.
 	hasSignaled bool
 
@@ -114,9 +115,20 @@ func (q *Queue) pop(c *Chain) (bool, error) {
 	if ahead == 0 || err != nil {
 		return false, err
 	}
-	ok, err := q.take(c, q.ring.availHead(q.lastAvail))
+	return q.takeNew(c, q.ring.availHead(q.lastAvail))
+}
+
+// takeNew takes a chain that the driver has just offered. Precondition: mu is held.
+func (q *Queue) takeNew(c *Chain, head uint16) (bool, error) {
+	if q.record != nil && head < q.ring.num && q.record.taken(head) {
+		return false, fmt.Errorf("%w: chain %d is offered again before its answer", errRing, head)
+	}
+	ok, err := q.take(c, head)
 	if ok {
 		q.lastAvail++
+		if q.record != nil {
+			q.record.take(head)
+		}
 	}
 	return ok, err
 }
@@ -150,7 +162,8 @@ func (q *Queue) available() (uint16, error) {
 }
 
 // Unpop gives the last n chains back as if they had never been taken.
-// Precondition: nobody else took one since, and the device never uses Keep.
+// Precondition: nobody else took one since, and the device never uses Keep, nor a
+// record of its chains.
 func (q *Queue) Unpop(n int) {
 	q.mu.Lock()
 	q.lastAvail -= uint16(n)
@@ -175,8 +188,14 @@ func (q *Queue) Keep(c *Chain) {
 func (q *Queue) Push(c *Chain, n int) {
 	q.mu.Lock()
 	q.ring.setUsed(q.usedIdx, c.head, uint32(n))
+	if q.record != nil {
+		q.record.answering(c.head, q.usedIdx)
+	}
 	q.usedIdx++
 	q.ring.setUsedIdx(q.usedIdx)
+	if q.record != nil {
+		q.record.answered(c.head, q.usedIdx)
+	}
 	q.out--
 	q.mu.Unlock()
 	q.taken.Done()

@@ -18,6 +18,9 @@ type session struct {
 	rings   []vring
 	breaker breaker
 
+	record     []byte // of chains without an answer, for all queues; may be nil
+	recordSize int    // descriptors that each queue has room for
+
 	features uint64 // acknowledged
 	proto    uint64 // acknowledged protocol features
 	status   uint64 // virtio device status
@@ -61,7 +64,7 @@ func newSession(cfg Config, conn *net.UnixConn) *session {
 // run serves until the front-end leaves; then its error is nil.
 func (s *session) run() error {
 	for {
-		m, err := s.receive()
+		m, err := receive(s.conn)
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
@@ -76,8 +79,13 @@ func (s *session) run() error {
 	}
 }
 
-// close stops the device and gives everything back.
+// close stops the device and gives everything back. A record of chains stays as it
+// is, for a process that takes over.
 func (s *session) close() error {
+	for i := range s.rings {
+		s.pause(i)
+		s.rings[i].record = nil
+	}
 	s.reset()
 	for i := range s.rings {
 		r := &s.rings[i]
@@ -85,20 +93,25 @@ func (s *session) close() error {
 		closeFile(r.call)
 		closeFile(r.errFD)
 	}
-	return errors.Join(s.mem.clear(), s.conn.Close())
+	var err error
+	if s.record != nil {
+		err = unix.Munmap(s.record)
+	}
+	return errors.Join(err, s.mem.clear(), s.conn.Close())
 }
 
-func (s *session) receive() (*message, error) {
+// receive reads one message of a front-end.
+func receive(conn *net.UnixConn) (*message, error) {
 	var head [headerLen]byte
 	m := &message{}
-	if err := s.receiveHeader(m, head[:]); err != nil {
+	if err := receiveHeader(conn, m, head[:]); err != nil {
 		m.closeFDs()
 		return nil, err
 	}
 	var err error
 	if m.header, err = parseHeader(head); err == nil {
 		m.payload = make([]byte, m.size)
-		_, err = io.ReadFull(s.conn, m.payload)
+		_, err = io.ReadFull(conn, m.payload)
 		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
@@ -112,9 +125,9 @@ func (s *session) receive() (*message, error) {
 
 // receiveHeader reads the header and the descriptors, which come with its first
 // byte. io.EOF is the end of the connection.
-func (s *session) receiveHeader(m *message, head []byte) error {
+func receiveHeader(conn *net.UnixConn, m *message, head []byte) error {
 	oob := make([]byte, unix.CmsgSpace(4*maxFDs))
-	n, oobn, flags, _, err := s.conn.ReadMsgUnix(head, oob)
+	n, oobn, flags, _, err := conn.ReadMsgUnix(head, oob)
 	if oobn > 0 {
 		fds, ferr := parseFDs(oob[:oobn])
 		m.fds, err = fds, errors.Join(err, ferr)
@@ -127,7 +140,7 @@ func (s *session) receiveHeader(m *message, head []byte) error {
 	case flags&unix.MSG_CTRUNC != 0:
 		return fmt.Errorf("%w: more than %d descriptors in a message", ErrProtocol, maxFDs)
 	}
-	if _, err := io.ReadFull(s.conn, head[n:]); err != nil {
+	if _, err := io.ReadFull(conn, head[n:]); err != nil {
 		return fmt.Errorf("receive message: %w", io.ErrUnexpectedEOF)
 	}
 	return nil

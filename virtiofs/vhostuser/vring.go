@@ -18,6 +18,7 @@ type vring struct {
 	base    uint16   // index of the next chain, while no queue runs
 	kept    []uint16 // heads of chains that a paused device will take up again
 	enabled bool
+	record  *inflight // of chains without an answer; may be nil
 	// What the descriptors mean: the driver's kicks, calls to the driver, errors.
 	kick, call, errFD *os.File
 
@@ -43,9 +44,12 @@ func (s *session) start(i int) error {
 	if err := r.kick.SetReadDeadline(time.Time{}); err != nil {
 		return fmt.Errorf("start queue %d: %w", i, err)
 	}
+	if err := s.takeUp(r, &rg); err != nil {
+		return fmt.Errorf("start queue %d: %w", i, err)
+	}
 	q := &Queue{ring: rg, mem: &s.mem, eventIdx: s.features&featureEventIdx != 0, kick: r.kick, call: r.call,
 		errFD: r.errFD, breaker: &s.breaker, halted: make(chan struct{}), lastAvail: r.base, kept: r.kept,
-		usedIdx: rg.usedIdx()}
+		record: r.record, usedIdx: rg.usedIdx()}
 	if err := s.breaker.add(q); err != nil {
 		return nil // reported when it broke; the driver's next start mends it
 	}
@@ -54,6 +58,24 @@ func (s *session) start(i int) error {
 		defer close(r.done)
 		s.cfg.Device.Serve(i, q)
 	}()
+	return nil
+}
+
+// takeUp goes on where a process before this one has ended, if there was one.
+func (s *session) takeUp(r *vring, rg *ring) error {
+	if r.record == nil || r.told {
+		return nil
+	}
+	if r.num > uint32(s.recordSize) {
+		return fmt.Errorf("%w: ring of %d descriptors, the record has room for %d", ErrProtocol, r.num, s.recordSize)
+	}
+	used := rg.usedIdx()
+	heads, resumed := r.record.resume(rg.num, used)
+	if !resumed {
+		return nil
+	}
+	r.kept, r.base = heads, used+uint16(len(heads))
+	signal(r.call) // the one of the last answer may be missing
 	return nil
 }
 

@@ -8,10 +8,11 @@ import (
 	"log/slog"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
-	"github.com/tatami-containers/tatami/virtiofs"
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 )
 
@@ -21,22 +22,32 @@ const beneath = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_N
 // maxFiles bounds the open files of one directory.
 const maxFiles = 4096
 
-// images keeps a virtiofs.Directory like a directory of the node.
+// guest is who shows files to the guest.
+type guest interface {
+	// add shows a file, which stays the caller's, with the node id that it has for
+	// this guest.
+	add(name string, node uint64, f *os.File) error
+	remove(name string) error
+}
+
+// images keeps what a guest sees like a directory of the node.
 type images struct {
 	dir   *os.File
 	watch *os.File // inotify
-	out   *virtiofs.Directory
 	log   *slog.Logger
 
 	mu    sync.Mutex
+	out   guest
 	files map[string]*imageFile
+	last  uint64 // node id given last
 }
 
-// imageFile is a regular file as virtiofs.File. It is not written any more, or
+// imageFile is a regular file, in either process. It is not written any more, or
 // without changes that matter.
 type imageFile struct {
-	f  *os.File
-	id fileID
+	f    *os.File
+	id   fileID
+	node uint64 // given once, to this file only
 }
 
 // fileID tells a file from others of the same name: as long as it is open, no other
@@ -46,18 +57,39 @@ type fileID struct {
 	size     int64
 }
 
+// newImage makes an image of an open file, which must be a regular one.
+func newImage(f *os.File) (*imageFile, error) {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	i := &imageFile{f: f}
+	if cerr := conn.Control(func(fd uintptr) { i.id, err = identify(int(fd)) }); cerr != nil {
+		return nil, cerr
+	}
+	return i, err
+}
+
+// Size implements virtiofs.File.
 func (i *imageFile) Size() int64 { return i.id.size }
 
 // Map implements virtiofs.Mapper: everything is there.
-func (i *imageFile) Map(off int64) (*os.File, int64, int64) { return i.f, off, i.id.size - off }
+func (i *imageFile) Map(off int64) (*os.File, int64, int64, uint64) {
+	return i.f, off, i.id.size - off, 0
+}
 
+// Valid implements virtiofs.Mapper: files stay as they are.
+func (i *imageFile) Valid(int64, uint64) bool { return true }
+
+// ReadAt implements virtiofs.File.
 func (i *imageFile) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
 	return i.f.ReadAt(p, off)
 }
 
-// openImages serves what lies in the directory at path and what comes later.
+// openImages opens the directory at path. What lies there is served to the guest of
+// showTo, what comes later is found by follow and find.
 func openImages(path string, log *slog.Logger) (_ *images, err error) {
-	i := &images{out: virtiofs.NewDirectory(), log: log, files: map[string]*imageFile{}}
+	i := &images{log: log, files: map[string]*imageFile{}, last: fuse.FUSE_ROOT_ID}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("open shared directory: %w", err), i.close())
@@ -78,8 +110,7 @@ func openImages(path string, log *slog.Logger) (_ *images, err error) {
 	if _, err := unix.InotifyAddWatch(fd, here, events); err != nil {
 		return nil, fmt.Errorf("watch %s: %w", path, err)
 	}
-	i.out.Find = i.find
-	return i, i.scan()
+	return i, nil
 }
 
 // follow keeps up with the directory until close.
@@ -94,6 +125,21 @@ func (i *images) follow() {
 			i.log.Error("shared directory", "err", err)
 		}
 	}
+}
+
+// showTo has a new process show the files, those that the one before showed under
+// the same node ids.
+func (i *images) showTo(g guest) error {
+	i.mu.Lock()
+	i.out = g
+	for name, f := range i.files {
+		if err := g.add(name, f.node, f.f); err != nil {
+			i.mu.Unlock()
+			return err
+		}
+	}
+	i.mu.Unlock()
+	return i.scan()
 }
 
 // scan makes the served files those of the directory.
@@ -150,8 +196,11 @@ func (i *images) update(name string) {
 		return
 	}
 	i.drop(name)
-	if err := i.out.Add(name, f); err != nil {
+	i.last++
+	f.node = i.last
+	if err := i.out.add(name, f.node, f.f); err != nil {
 		_ = f.f.Close() // only read
+		i.log.Warn("file is not served", "file", name, "err", err)
 		return
 	}
 	i.files[name] = f
@@ -165,7 +214,9 @@ func (i *images) drop(name string) {
 		return
 	}
 	delete(i.files, name)
-	i.out.Remove(name)
+	if err := i.out.remove(name); err != nil {
+		i.log.Warn("image is gone", "file", name, "err", err)
+	}
 	_ = f.f.Close() // only read
 	i.log.Info("image is gone", "file", name)
 }
@@ -174,10 +225,11 @@ var errNotServed = errors.New("not a file to serve")
 
 // open opens the file with that name, or returns old if it is still the same.
 func (i *images) open(name string, old *imageFile) (*imageFile, error) {
-	if name == "" || name[0] == '.' {
+	if name == "" || name[0] == '.' || strings.Contains(name, "/") {
 		return nil, errNotServed
 	}
-	// A device or a pipe must not be opened, so what it is comes first.
+	// A device or a pipe must not be opened, so what it is comes first. That is then
+	// opened, and not what has the name meanwhile.
 	path, err := openat2(i.dir, name, unix.O_PATH)
 	if err != nil {
 		return nil, err
@@ -193,11 +245,11 @@ func (i *images) open(name string, old *imageFile) (*imageFile, error) {
 	if len(i.files) >= maxFiles {
 		return nil, fmt.Errorf("%w: %d files are open already", errdefs.ErrResourceExhausted, maxFiles)
 	}
-	fd, err := openat2(i.dir, name, unix.O_RDONLY|unix.O_NONBLOCK)
+	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", path), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, err
+		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
 	}
-	if id, err = identify(fd); err != nil { // another one may have come between
+	if id, err = identify(fd); err != nil { // it may have grown
 		return nil, errors.Join(err, unix.Close(fd))
 	}
 	return &imageFile{f: os.NewFile(uintptr(fd), name), id: id}, nil
@@ -225,13 +277,14 @@ func identify(fd int) (fileID, error) {
 	return fileID{dev: st.Dev, ino: st.Ino, size: st.Size}, nil
 }
 
-// close ends follow and closes all files. Nothing may be served any more.
+// close ends follow and closes all files. No guest may be served any more.
 func (i *images) close() error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	for name := range i.files {
-		i.drop(name)
+	for _, f := range i.files {
+		_ = f.f.Close() // only read
 	}
+	i.files = nil
 	var errs []error
 	for _, f := range []*os.File{i.watch, i.dir} {
 		if f != nil {

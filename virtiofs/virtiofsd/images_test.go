@@ -2,6 +2,7 @@ package virtiofsd
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"os"
@@ -12,6 +13,12 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+// seen is what a guest sees.
+type seen map[string]*os.File
+
+func (s seen) add(name string, _ uint64, f *os.File) error { s[name] = f; return nil }
+func (s seen) remove(name string) error                    { delete(s, name); return nil }
 
 func open(t *testing.T, dir string) *images {
 	t.Helper()
@@ -24,6 +31,7 @@ func open(t *testing.T, dir string) *images {
 			t.Error(err)
 		}
 	})
+	must(t, i.showTo(seen{}))
 	return i
 }
 
@@ -46,9 +54,12 @@ func content(t *testing.T, i *images, name string) string {
 	t.Helper()
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	f := i.files[name]
-	if f == nil {
+	f, guest := i.files[name], i.out.(seen)
+	if f == nil && guest[name] == nil {
 		return ""
+	}
+	if f == nil || guest[name] != f.f || len(guest) != len(i.files) {
+		t.Fatalf("%s: the guest sees other files", name)
 	}
 	b := make([]byte, f.Size())
 	if _, err := f.ReadAt(context.Background(), b, 0); err != nil {
@@ -64,6 +75,7 @@ func TestWhatIsServed(t *testing.T) {
 	write(t, filepath.Join(base, "secret"), "secret")
 	write(t, filepath.Join(dir, "image"), "image")
 	write(t, filepath.Join(dir, ".hidden"), "hidden")
+	write(t, filepath.Join(dir, "sub", "file"), "not shown")
 	must(t, os.Symlink("image", filepath.Join(dir, "inside")))
 	must(t, os.Symlink("../secret", filepath.Join(dir, "outside")))
 	must(t, os.Symlink("..", filepath.Join(dir, "up")))
@@ -72,7 +84,7 @@ func TestWhatIsServed(t *testing.T) {
 	must(t, err)
 	defer l.Close()
 	i := open(t, dir)
-	for _, name := range []string{"inside", "outside", "up", "up/secret", "../secret", "..", ".", "", ".hidden", "sub", "pipe", "socket", "none", "/etc/passwd", filepath.Join(base, "secret")} {
+	for _, name := range []string{"inside", "outside", "up", "up/secret", "sub/file", "../secret", "..", ".", "", ".hidden", "sub", "pipe", "socket", "none", "/etc/passwd", filepath.Join(base, "secret")} {
 		i.find(name)
 		if got := content(t, i, name); got != "" {
 			t.Errorf("%s is served: %q", name, got)
@@ -125,6 +137,7 @@ func TestRaces(t *testing.T) {
 	dir := filepath.Join(base, "dir")
 	must(t, os.Mkdir(dir, 0o755))
 	write(t, filepath.Join(base, "secret"), "secret")
+	watch := watchPipe(t, filepath.Join(base, "pipe"))
 	i := open(t, dir)
 	stop, stopped := make(chan struct{}), make(chan error, 1)
 	go func() { stopped <- flip(base, dir, stop) }()
@@ -141,9 +154,24 @@ func TestRaces(t *testing.T) {
 	close(stop)
 	must(t, <-stopped)
 	t.Logf("served %d times", served)
+	if n, err := unix.Read(watch, make([]byte, 4096)); !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("a pipe was opened: %d, %v", n, err)
+	}
 }
 
-// flip makes dir/x a file, a link to a file outside, and a directory, in turns.
+// watchPipe makes a pipe and an inotify that tells of those who open it.
+func watchPipe(t *testing.T, path string) int {
+	t.Helper()
+	must(t, unix.Mkfifo(path, 0o644))
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	must(t, err)
+	t.Cleanup(func() { must(t, unix.Close(fd)) })
+	_, err = unix.InotifyAddWatch(fd, path, unix.IN_OPEN)
+	must(t, err)
+	return fd
+}
+
+// flip makes dir/x a file, a link to a file outside, a directory, and a pipe, in turns.
 func flip(base, dir string, stop <-chan struct{}) error {
 	x, tmp := filepath.Join(dir, "x"), filepath.Join(dir, ".tmp")
 	for {
@@ -152,6 +180,8 @@ func flip(base, dir string, stop <-chan struct{}) error {
 			func() error { return os.Symlink("../secret", tmp) },
 			func() error { return os.Symlink(filepath.Join(base, "secret"), tmp) },
 			func() error { return os.Mkdir(tmp, 0o755) },
+			func() error { return os.WriteFile(tmp, []byte("image"), 0o644) },
+			func() error { return os.Link(filepath.Join(base, "pipe"), tmp) },
 		} {
 			select {
 			case <-stop:

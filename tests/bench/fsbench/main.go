@@ -1,10 +1,11 @@
 // Command fsbench compares file systems that hold the same tree:
 //
-//	fsbench [-rounds N] NAME=DIR…
+//	fsbench [-rounds N] [-markdown] NAME=DIR…
 //
 // It walks, stats and reads each tree, interleaved over the rounds, cold (page
 // cache dropped) and warm, and prints the medians in seconds and as a ratio to
-// the first tree. It wants root, to drop the caches.
+// the first tree. Reads of 4 KiB go past the page cache, where the file system
+// knows how. It wants root, to drop the caches.
 package main
 
 import (
@@ -38,11 +39,14 @@ type tree struct {
 // plan is what every tree is asked to do: the same files in the same order.
 type plan struct {
 	small, large []string
+	requests     int // of 4 KiB
 }
 
 func main() {
 	log.SetFlags(0)
 	rounds := flag.Int("rounds", 5, "how often each figure is taken")
+	requests := flag.Int("requests", 4096, "how many reads of 4 KiB a figure has, of all its readers together")
+	markdown := flag.Bool("markdown", false, "print a table of Markdown, a line for each figure")
 	flag.Parse()
 	var trees []*tree
 	for _, a := range flag.Args() {
@@ -59,6 +63,7 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
+	p.requests = *requests
 	for range *rounds {
 		for _, t := range trees {
 			if err := t.measure(p); err != nil {
@@ -66,7 +71,11 @@ func main() {
 			}
 		}
 	}
-	if err := print(os.Stdout, trees); err != nil {
+	write := print
+	if *markdown {
+		write = printMarkdown
+	}
+	if err := write(os.Stdout, trees); err != nil {
 		log.Fatal(err)
 	}
 }
@@ -117,36 +126,47 @@ func walk(root string, f func(string, fs.DirEntry) error) error {
 	})
 }
 
+// figure is one measurement of a tree.
+type figure struct {
+	name string
+	cold bool
+	do   func(*tree, *plan) error
+}
+
+var figures = []figure{
+	{"find, cold", true, func(t *tree, _ *plan) error { return walk(t.dir, func(string, fs.DirEntry) error { return nil }) }},
+	{"stat all, cold", true, (*tree).statAll},
+	{"stat all, warm", false, (*tree).statAll},
+	{"small files, cold", true, (*tree).readSmall},
+	{"small files, warm", false, (*tree).readSmall},
+	{"sequential, cold", true, (*tree).readLarge},
+	{"sequential, warm", false, (*tree).readLarge},
+	{"4 KiB in order", true, (*tree).inOrder},
+	{"4 KiB at random", true, func(t *tree, p *plan) error { return t.atRandom(p, 1) }},
+	{"the same, 8 readers", true, func(t *tree, p *plan) error { return t.atRandom(p, 8) }},
+}
+
 func (t *tree) measure(p *plan) error {
-	read := func(files []string) func() error { return func() error { return readAll(t.dir, files) } }
-	for _, m := range []struct {
-		name string
-		cold bool
-		do   func() error
-	}{
-		{"find, cold", true, func() error { return walk(t.dir, func(string, fs.DirEntry) error { return nil }) }},
-		{"stat all, cold", true, t.statAll},
-		{"stat all, warm", false, t.statAll},
-		{"small files, cold", true, read(p.small)},
-		{"small files, warm", false, read(p.small)},
-		{"sequential, cold", true, read(p.large)},
-		{"sequential, warm", false, read(p.large)},
-	} {
-		if m.cold {
+	for _, f := range figures {
+		if f.cold {
 			if err := dropCaches(); err != nil {
 				return err
 			}
 		}
 		start := time.Now()
-		if err := m.do(); err != nil {
-			return fmt.Errorf("%s: %w", m.name, err)
+		if err := f.do(t, p); err != nil {
+			return fmt.Errorf("%s: %w", f.name, err)
 		}
-		t.seconds[m.name] = append(t.seconds[m.name], time.Since(start).Seconds())
+		t.seconds[f.name] = append(t.seconds[f.name], time.Since(start).Seconds())
 	}
 	return nil
 }
 
-func (t *tree) statAll() error {
+func (t *tree) readSmall(p *plan) error { return readAll(t.dir, p.small) }
+
+func (t *tree) readLarge(p *plan) error { return readAll(t.dir, p.large) }
+
+func (t *tree) statAll(*plan) error {
 	return walk(t.dir, func(path string, _ fs.DirEntry) error {
 		_, err := os.Lstat(path)
 		return err
@@ -180,18 +200,40 @@ func dropCaches() error {
 }
 
 func print(w io.Writer, trees []*tree) error {
-	names := []string{"find, cold", "stat all, cold", "stat all, warm", "small files, cold", "small files, warm", "sequential, cold", "sequential, warm"}
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(tw, "seconds (ratio to %s)\t%s\n", trees[0].name, strings.Join(names, "\t"))
+	fmt.Fprintf(tw, "seconds (ratio to %s)", trees[0].name)
+	for _, f := range figures {
+		fmt.Fprintf(tw, "\t%s", f.name)
+	}
+	fmt.Fprintln(tw)
 	for _, t := range trees {
 		fmt.Fprint(tw, t.name)
-		for _, n := range names {
-			m := median(t.seconds[n])
-			fmt.Fprintf(tw, "\t%.3f (%.2f)", m, m/median(trees[0].seconds[n]))
+		for _, f := range figures {
+			m := median(t.seconds[f.name])
+			fmt.Fprintf(tw, "\t%.3f (%.2f)", m, m/median(trees[0].seconds[f.name]))
 		}
 		fmt.Fprintln(tw)
 	}
 	return tw.Flush()
+}
+
+func printMarkdown(w io.Writer, trees []*tree) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "| | %s, seconds |", trees[0].name)
+	for _, t := range trees[1:] {
+		fmt.Fprintf(&b, " %s |", t.name)
+	}
+	fmt.Fprintf(&b, "\n|%s\n", strings.Repeat("---|", len(trees)+1))
+	for _, f := range figures {
+		first := median(trees[0].seconds[f.name])
+		fmt.Fprintf(&b, "| %s | %.3f |", f.name, first)
+		for _, t := range trees[1:] {
+			fmt.Fprintf(&b, " %.2f× |", median(t.seconds[f.name])/first)
+		}
+		b.WriteByte('\n')
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
 }
 
 func median(v []float64) float64 {

@@ -18,6 +18,9 @@ import (
 
 func main() {
 	log.SetOutput(io.Discard) // go-fuse's word about what guests send
+	if virtiofsd.IsChild(os.Args) {
+		exit(virtiofsd.RunChild(os.Stderr))
+	}
 	o, err := virtiofsd.Parse(os.Args[1:], os.Stdout)
 	if errors.Is(err, flag.ErrHelp) {
 		return
@@ -27,10 +30,15 @@ func main() {
 		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	defer stop()
-	if err := virtiofsd.Run(ctx, o, os.Stderr); err != nil {
+	err = virtiofsd.Run(ctx, o, os.Stderr)
+	stop()
+	exit(err)
+}
+
+func exit(err error) {
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "tatami-virtiofsd:", err)
-		stop()
 		os.Exit(1)
 	}
+	os.Exit(0)
 }
