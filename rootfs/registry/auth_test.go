@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -66,6 +67,86 @@ func TestTokenExpiry(t *testing.T) {
 			}
 			if n := reg.Tokens(); n > 3 {
 				t.Errorf("%d tokens were fetched, 3 do", n)
+			}
+		})
+	}
+}
+
+// TestTokenRenewal reads for longer than a token is valid: no request may meet
+// its end, as the token service says when that is.
+func TestTokenRenewal(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{
+		Auth: &registrytest.Auth{User: "user", Password: "secret", TTL: 6 * time.Second, TellTTL: true},
+	})
+	data := random(100_000)
+	desc := reg.PushBlob("library/x", "", data)
+	var lookups, reads atomic.Int64
+	cfg := fast()
+	cfg.Credentials = func(ctx context.Context, host string) (auth.Credential, error) {
+		if got := registry.LookupOf(ctx).Repository; host != reg.Host() || got != reg.Host()+"/library/x" {
+			t.Errorf("credentials are wanted for %s at %s", got, host)
+		}
+		lookups.Add(1)
+		return auth.Credential{Username: "user", Password: "secret"}, nil
+	}
+	repo := repository(t, newClient(t, cfg), reg)
+	var wg sync.WaitGroup
+	end := time.Now().Add(9 * time.Second)
+	for range 8 {
+		wg.Go(func() {
+			for time.Now().Before(end) {
+				rc, err := repo.Range(t.Context(), desc.Digest, 100, 1000)
+				if got, err := readAll(t, rc, err); err != nil || !bytes.Equal(got, data[100:1100]) {
+					t.Errorf("range: %v", err)
+				}
+				reads.Add(1)
+				time.Sleep(10 * time.Millisecond)
+			}
+		})
+	}
+	wg.Wait()
+	without := 0
+	for _, r := range reg.Requests("/blobs/") {
+		if r.Authorization == "" {
+			without++
+		}
+	}
+	// Each reader may have come before the first token, but not after its end.
+	refused := int64(len(reg.Requests("/blobs/"))) - reads.Load()
+	if n := reg.Tokens(); n < 2 || n > 4 || without > 8 || refused != int64(without) || lookups.Load() != int64(n) {
+		t.Errorf("%d tokens, %d lookups, %d requests without one, %d refused", n, lookups.Load(), without, refused)
+	}
+}
+
+// TestCredentialRotation changes the password of a registry, and later that of
+// its clients, whose source answers from a cache unless it is told better.
+func TestCredentialRotation(t *testing.T) {
+	for _, basic := range []bool{false, true} {
+		t.Run(fmt.Sprintf("basic %v", basic), func(t *testing.T) {
+			cached, current := "old", "new"
+			var refused atomic.Int64
+			cfg := fast()
+			cfg.Credentials = func(ctx context.Context, _ string) (auth.Credential, error) {
+				l := registry.LookupOf(ctx)
+				if l.Refused {
+					refused.Add(1)
+					cached = current
+				}
+				l.Expires = time.Now().Add(time.Hour)
+				return auth.Credential{Username: "user", Password: cached}, nil
+			}
+			client := newClient(t, cfg)
+			for _, password := range []string{"old", "new"} {
+				reg := registrytest.Start(t, registrytest.Options{Auth: &registrytest.Auth{User: "user", Password: password, Basic: basic}})
+				reg.PushImage("library/x", "latest", registrytest.Image{})
+				repo := repository(t, client, reg)
+				_, err := repo.Resolve(t.Context(), "latest")
+				if err != nil {
+					t.Errorf("password %s: %v", password, err)
+				}
+			}
+			if n := refused.Load(); n != 1 {
+				t.Errorf("%d lookups say that a credential was refused", n)
 			}
 		})
 	}

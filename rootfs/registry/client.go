@@ -4,10 +4,8 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"sync/atomic"
 	"time"
 
@@ -20,7 +18,13 @@ type Config struct {
 	// PlainHTTP tells whether a registry ("host:port") speaks HTTP without
 	// TLS. Nil means Loopback; see also PlainHTTPHosts.
 	PlainHTTP func(host string) bool
-	// Credentials returns what to present to a registry; nil is anonymous.
+	// Hosts returns where the repositories of a registry ("docker.io",
+	// "host:port") are asked for, in this order; the last one is the registry
+	// itself. None is the registry as its name says. The same *Host means the
+	// same connections. It is called for each request, by many goroutines.
+	Hosts func(registry string) []*Host
+	// Credentials returns what to present to a registry; nil is anonymous. Its
+	// context tells more: see LookupOf.
 	Credentials auth.CredentialFunc
 	// Dial makes connections. Nil dials TCP, through the proxy that the
 	// environment names; with Dial no proxy is used.
@@ -47,9 +51,8 @@ type Config struct {
 type Client struct {
 	cfg     Config
 	log     *slog.Logger
-	plain   *http.Client // without credentials: for redirect targets
-	auth    *auth.Client
-	pushing *auth.Client
+	own     *link // as Config says
+	links   links
 	tokens  *tokenCache
 	targets targets
 	hosts   hosts
@@ -73,32 +76,9 @@ type Stats struct {
 func New(cfg Config) *Client {
 	cfg = cfg.withDefaults()
 	c := &Client{cfg: cfg, log: cfg.Log, tagging: make(chan struct{}, 1)}
-	c.plain = &http.Client{Transport: newTransport(cfg), CheckRedirect: checkRedirect}
 	c.tokens = newTokenCache(&c.stats.tokens)
-	c.auth = &auth.Client{
-		Client:     c.plain,
-		Header:     http.Header{"User-Agent": {cfg.UserAgent}},
-		Credential: cfg.Credentials,
-		Cache:      c.tokens,
-		ClientID:   "tatami",
-	}
-	c.pushing = c.newPushing()
+	c.own = c.newLink(nil)
 	return c
-}
-
-// maxRedirects is as much as net/http follows by itself.
-const maxRedirects = 10
-
-// checkRedirect keeps credentials from going elsewhere. net/http would send
-// them on to other ports and subdomains of the host, and over plain HTTP.
-func checkRedirect(req *http.Request, via []*http.Request) error {
-	if len(via) >= maxRedirects {
-		return fmt.Errorf("more than %d redirects", maxRedirects)
-	}
-	if first := via[0].URL; req.URL.Scheme != first.Scheme || req.URL.Host != first.Host {
-		req.Header.Del("Authorization")
-	}
-	return nil
 }
 
 func (cfg Config) withDefaults() Config {
@@ -131,21 +111,39 @@ func (c *Client) Stats() Stats {
 // and bodies in use go on until their contexts end.
 func (c *Client) Close() error {
 	c.tokens.close()
-	c.plain.CloseIdleConnections()
-	c.pushing.Client.CloseIdleConnections()
+	c.own.close()
+	c.links.mu.Lock()
+	defer c.links.mu.Unlock()
+	for _, l := range c.links.known {
+		l.close()
+	}
 	return nil
 }
 
 // Repository returns the repository that name means, at the registry that its
-// domain names. Tag and digest of name are ignored.
+// domain names and at the mirrors that Config.Hosts has for it. Tag and digest
+// of name are ignored.
 func (c *Client) Repository(name reference.Named) *Repository {
-	host := reference.Domain(name)
-	if host == "docker.io" {
-		// The registry behind Docker's default domain has another name:
-		// moby/registry/config.go, DefaultRegistryHost.
-		host = "registry-1.docker.io"
+	r := c.registry(name)
+	if c.cfg.Hosts != nil {
+		r.link = nil // found for each request
 	}
-	return c.repository(host, name, "")
+	return r
+}
+
+// registryOf returns the "host:port" of the registry with this domain. The one
+// behind Docker's default domain has another name: moby/registry/config.go,
+// DefaultRegistryHost.
+func registryOf(domain string) string {
+	if domain == "docker.io" {
+		return "registry-1.docker.io"
+	}
+	return domain
+}
+
+// registry returns the repository at the registry itself.
+func (c *Client) registry(name reference.Named) *Repository {
+	return c.repository(registryOf(reference.Domain(name)), name, "")
 }
 
 // Mirror returns the repository that name means, asked for at host
@@ -157,7 +155,7 @@ func (c *Client) Mirror(host string, name reference.Named) *Repository {
 }
 
 func (c *Client) repository(host string, name reference.Named, ns string) *Repository {
-	r := &Repository{client: c, host: host, scheme: "https", ns: ns, name: reference.TrimNamed(name)}
+	r := &Repository{client: c, link: c.own, host: host, scheme: "https", root: apiRoot, ns: ns, name: reference.TrimNamed(name), last: true}
 	if c.cfg.PlainHTTP(host) {
 		r.scheme = "http"
 	}

@@ -95,6 +95,12 @@ func TestDistributionRegistry(t *testing.T) {
 // startDistribution runs the registry until the test ends and returns its "host:port".
 func startDistribution(t *testing.T) string {
 	t.Helper()
+	return startDistributionWith(t, "")
+}
+
+// startDistributionWith adds lines to its configuration.
+func startDistributionWith(t *testing.T, more string) string {
+	t.Helper()
 	binary, err := exec.LookPath("docker-registry")
 	if err != nil {
 		t.Skip("needs Debian's package docker-registry: ", err)
@@ -102,7 +108,7 @@ func startDistribution(t *testing.T) string {
 	dir := t.TempDir()
 	config := filepath.Join(dir, "config.yml")
 	host := freePort(t)
-	text := fmt.Sprintf("version: 0.1\nlog: {level: error}\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %q}\n", dir, host)
+	text := fmt.Sprintf("version: 0.1\nlog: {level: error}\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %q}\n%s", dir, host, more)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -13,12 +13,17 @@
 // with a class of github.com/containerd/errdefs. A context that ends is
 // reported as the context's own error.
 //
-// Tokens are fetched by oras-go's auth client. It refuses a token service at a
+// A registry may have mirrors (Config.Hosts; package hosts reads containerd's
+// hosts.toml). They are asked first, in their order, for what they are trusted
+// with; whatever fails there is asked of the next host, from the byte on at which
+// it failed, and a mirror that is down is left alone for a while.
+//
+// Tokens are fetched by oras-go's auth client, and renewed before they end. It refuses a token service at a
 // private address unless that has the host name of the registry itself.
 //
-// Secrets (credentials, tokens, the query of a signed URL) never reach an
-// error or a log record.
+// Secrets (credentials, tokens, headers of hosts, the query of a signed URL)
+// never reach an error or a log record, nor another host than theirs.
 //
-// Locks (tokenCache.mu, targets.mu, hosts.mu) are leaves: none is held while
+// Locks (tokenCache.mu, targets.mu, hosts.mu, links.mu) are leaves: none is held while
 // another is taken or while waiting.
 package registry

@@ -38,6 +38,8 @@ type Error struct {
 	Remedy     string // what the user can do, or ""
 	Class      error  // of errdefs
 	Err        error  // cause, or nil
+	// Before are the failures of the mirrors that were asked before.
+	Before []error
 
 	retryAfter time.Duration // what the registry asked for; negative when it did not
 	temporary  bool          // worth another try
@@ -61,6 +63,9 @@ func (e *Error) Error() string {
 	}
 	if e.Remedy != "" {
 		fmt.Fprintf(&b, " (%s)", e.Remedy)
+	}
+	for _, before := range e.Before {
+		fmt.Fprintf(&b, "; before that: %s", before)
 	}
 	return b.String()
 }

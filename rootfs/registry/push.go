@@ -20,6 +20,10 @@ const octets = "application/octet-stream"
 // Has tells whether the repository has the manifest or blob that desc names.
 // It asks with a token that allows to push, as what follows needs one.
 func (r *Repository) Has(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
+	r, err := r.one(CanPush)
+	if err != nil {
+		return false, err
+	}
 	q := query{kind: "blobs", ref: desc.Digest.String()}
 	w := write{method: http.MethodHead}
 	if knownManifest(desc.MediaType) {
@@ -30,7 +34,7 @@ func (r *Repository) Has(ctx context.Context, desc ocispec.Descriptor) (bool, er
 		return false, r.fault(w.object, errdefs.ErrInvalidArgument, err)
 	}
 	w.address = r.origin(q)
-	err := r.retry(ctx, func() error {
+	err = r.retry(ctx, func() error {
 		resp, err := r.write(ctx, w, http.StatusOK)
 		if err != nil {
 			return err
@@ -54,6 +58,10 @@ func (r *Repository) PushBlob(ctx context.Context, desc ocispec.Descriptor, src 
 	if desc.Size < 0 {
 		return r.fault(object, errdefs.ErrInvalidArgument, fmt.Errorf("a size of %d bytes", desc.Size))
 	}
+	r, err := r.one(CanPush)
+	if err != nil {
+		return err
+	}
 	return r.rewinding(ctx, src, func(src io.Reader) error {
 		s, err := r.beginUpload(ctx, object)
 		if err != nil {
@@ -66,8 +74,12 @@ func (r *Repository) PushBlob(ctx context.Context, desc ocispec.Descriptor, src 
 // PushStream uploads a blob whose size and digest are known only at its end,
 // and returns its descriptor. Memory and retries are those of PushBlob.
 func (r *Repository) PushStream(ctx context.Context, mediaType string, src io.Reader) (ocispec.Descriptor, error) {
+	r, err := r.one(CanPush)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
 	desc := ocispec.Descriptor{MediaType: mediaType}
-	err := r.rewinding(ctx, src, func(src io.Reader) error {
+	err = r.rewinding(ctx, src, func(src io.Reader) error {
 		s, err := r.beginUpload(ctx, "new blob")
 		if err != nil {
 			return err
@@ -94,6 +106,13 @@ func (r *Repository) MountBlob(ctx context.Context, desc ocispec.Descriptor, fro
 	if err := desc.Digest.Validate(); err != nil {
 		return false, r.fault(object, errdefs.ErrInvalidArgument, err)
 	}
+	r, err := r.one(CanPush)
+	if err != nil {
+		return false, err
+	}
+	if from, err = from.one(CanPull); err != nil {
+		return false, err
+	}
 	if from.host != r.host || from.ns != r.ns || from.path() == r.path() {
 		return false, nil
 	}
@@ -102,7 +121,7 @@ func (r *Repository) MountBlob(ctx context.Context, desc ocispec.Descriptor, fro
 		values: url.Values{"mount": {desc.Digest.String()}, "from": {from.path()}},
 	})}
 	mounted := false
-	err := r.retry(ctx, func() error {
+	err = r.retry(ctx, func() error {
 		// 202 is the begin of an upload; registries drop those that nobody goes on with.
 		resp, err := r.write(ctx, w, http.StatusCreated, http.StatusAccepted)
 		if err != nil {

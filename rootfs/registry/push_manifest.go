@@ -20,6 +20,10 @@ import (
 // a subject becomes a referrer of it; where the registry has no referrers API,
 // it is added to the tag that stands in for it.
 func (r *Repository) PushManifest(ctx context.Context, mediaType string, data []byte, tag string) (ocispec.Descriptor, error) {
+	r, err := r.one(CanPush)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
 	q := query{kind: "manifests", ref: cmp.Or(tag, desc.Digest.String())}
 	if err := r.checkRef(q.ref); err != nil {
@@ -30,7 +34,7 @@ func (r *Repository) PushManifest(ctx context.Context, mediaType string, data []
 	}
 	w := write{method: http.MethodPut, address: r.origin(q), object: q.object(), mediaType: mediaType, data: data}
 	known := false // to the referrers API
-	err := r.retry(ctx, func() error {
+	err = r.retry(ctx, func() error {
 		resp, err := r.write(ctx, w, http.StatusCreated, http.StatusOK)
 		if err != nil {
 			return err

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -35,7 +36,12 @@ func (r *Repository) SegmentRange(ctx context.Context, id digest.Digest, off, n 
 
 // Ranged is false while the registry is known to ignore Range headers: many
 // small ranges of one blob are better replaced by one Open then.
-func (r *Repository) Ranged() bool { return !r.client.hosts.rangeless(r.host) }
+func (r *Repository) Ranged() bool {
+	hosts := r.hosts(CanPull)
+	return len(hosts) == 0 || slices.ContainsFunc(hosts, func(one *Repository) bool {
+		return !r.client.hosts.rangeless(one.host) && (one.last || !one.down())
+	})
+}
 
 // LayerBlob is one blob as layers read it: ranges of known total size.
 type LayerBlob struct {
@@ -98,7 +104,7 @@ func (r *Repository) open(ctx context.Context, p piece) (*rangeReader, error) {
 	if p.off == p.end {
 		return rr, nil
 	}
-	if err := r.retry(ctx, rr.ask); err != nil {
+	if err := rr.ask(); err != nil {
 		return nil, err
 	}
 	return rr, nil
@@ -108,6 +114,9 @@ func (r *Repository) open(ctx context.Context, p piece) (*rangeReader, error) {
 // body of the answer starts at p.off. whole is true when it goes on to the end
 // of the blob instead of p.end.
 func (r *Repository) ranged(ctx context.Context, p piece) (body io.ReadCloser, whole bool, err error) {
+	if r.tooFar(p) && r.client.hosts.rangeless(r.host) {
+		return nil, false, r.fault(p.object(), errdefs.ErrNotImplemented, errRangeless)
+	}
 	resp, err := r.sendRanged(ctx, p)
 	if err != nil {
 		return nil, false, err
@@ -159,6 +168,10 @@ func (r *Repository) skip(p piece, resp *http.Response) (io.ReadCloser, error) {
 	if p.off != 0 || resp.ContentLength != p.end {
 		r.rangeIgnored()
 	}
+	if r.tooFar(p) {
+		_ = resp.Body.Close() // the next host is asked
+		return nil, r.fault(p.object(), errdefs.ErrNotImplemented, errRangeless)
+	}
 	if _, err := io.CopyN(io.Discard, resp.Body, p.off); err != nil {
 		_ = resp.Body.Close() // the answer is refused anyway
 		return nil, r.bodyError(p.object(), noEOF(err))
@@ -166,8 +179,19 @@ func (r *Repository) skip(p piece, resp *http.Response) (io.ReadCloser, error) {
 	return resp.Body, nil
 }
 
+// maxSkip is how many bytes of a blob that a mirror sends from its start are
+// dropped on the way to a range, before it is cheaper to ask the next host.
+const maxSkip = 1 << 20
+
+var errRangeless = errors.New("the mirror ignores Range headers")
+
+// tooFar tells whether p is better asked of another host, should this one send
+// the blob from its start. A proxy cache does so while it does not have the
+// blob; it gets whole blobs and the beginnings of blobs all the same.
+func (r *Repository) tooFar(p piece) bool { return !r.last && p.off > maxSkip }
+
 func (r *Repository) rangeIgnored() {
-	if r.Ranged() {
+	if !r.client.hosts.rangeless(r.host) {
 		r.client.log.Warn("registry ignores Range headers: blobs are read from their start", "registry", r.host)
 	}
 	r.client.hosts.set(r.host, func(s *hostState) { s.rangeless = time.Now().Add(rangelessFor) })

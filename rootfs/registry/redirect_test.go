@@ -22,11 +22,17 @@ func TestCredentialsStayWithTheirHost(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		to.Header.Set("Authorization", "secret")
-		if err := checkRedirect(to, []*http.Request{from}); err != nil || to.Header.Get("Authorization") != c.want {
-			t.Errorf("%s to %s: %q, %v", c.from, c.to, to.Header.Get("Authorization"), err)
+		check := redirectCheck(&Host{Header: http.Header{"X-Secret": {"secret"}}})
+		via := []*http.Request{from}
+		for range 2 { // there, and back from there
+			to.Header.Set("Authorization", "secret")
+			to.Header.Set("X-Secret", "secret")
+			if err := check(to, via); err != nil || to.Header.Get("Authorization") != c.want || to.Header.Get("X-Secret") != c.want {
+				t.Errorf("%s to %s: %v, %v", c.from, c.to, to.Header, err)
+			}
+			via, to = append(via, to), from.Clone(t.Context())
 		}
-		if err := checkRedirect(to, make([]*http.Request, maxRedirects)); err == nil {
+		if err := check(to, make([]*http.Request, maxRedirects)); err == nil {
 			t.Error("no end of redirects")
 		}
 	}

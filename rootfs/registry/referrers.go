@@ -3,6 +3,7 @@ package registry
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -23,15 +24,21 @@ const (
 // Referrers lists the manifests whose subject is dgst, with this artifactType,
 // or all of them when it is empty. A registry without the referrers API is
 // asked for the tag that stands in for it (distribution specification,
-// "Referrers Tag Schema"). None is an empty list, not an error.
+// "Referrers Tag Schema"). None is an empty list, not an error. That a mirror
+// has none proves nothing: a proxy cache that does not pass the request on
+// says so, too (Harbor).
 func (r *Repository) Referrers(ctx context.Context, dgst digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {
 	if err := dgst.Validate(); err != nil {
 		return nil, r.fault("referrers of "+clean(dgst.String()), errdefs.ErrInvalidArgument, err)
 	}
-	list, err := r.listReferrers(ctx, dgst, artifactType)
-	if errdefs.IsNotFound(err) || errdefs.IsNotImplemented(err) || errdefs.IsInvalidArgument(err) {
-		list, err = r.taggedReferrers(ctx, dgst)
-	}
+	var list []ocispec.Descriptor
+	err := r.each(ctx, CanPull|CanReferrers, func(one *Repository) (err error) {
+		list, err = one.referrers(ctx, dgst, artifactType)
+		if err == nil && len(list) == 0 && !one.last {
+			return r.fault("referrers of "+dgst.String(), errdefs.ErrNotFound, errors.New("the mirror has none"))
+		}
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -39,6 +46,14 @@ func (r *Repository) Referrers(ctx context.Context, dgst digest.Digest, artifact
 	return slices.DeleteFunc(list, func(d ocispec.Descriptor) bool {
 		return artifactType != "" && d.ArtifactType != artifactType
 	}), nil
+}
+
+func (r *Repository) referrers(ctx context.Context, dgst digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {
+	list, err := r.listReferrers(ctx, dgst, artifactType)
+	if errdefs.IsNotFound(err) || errdefs.IsNotImplemented(err) || errdefs.IsInvalidArgument(err) {
+		return r.taggedReferrers(ctx, dgst)
+	}
+	return list, err
 }
 
 func (r *Repository) listReferrers(ctx context.Context, dgst digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {

@@ -32,20 +32,27 @@ const (
 	DockerManifestList = "application/vnd.docker.distribution.manifest.list.v2+json"
 )
 
+// apiRoot is the path of the API at a registry (distribution specification,
+// "Endpoints").
+const apiRoot = "/v2"
+
 // Repository is one repository of one registry. It has no state of its own;
 // all methods may be called at the same time.
 type Repository struct {
 	client *Client
+	link   *link  // nil: at several hosts, see each
 	host   string // "host:port" to talk to
 	scheme string
+	root   string // path of the API
 	ns     string // domain of the name when host is a mirror, or ""
 	name   reference.Named
+	last   bool // there is no other host to ask
 }
 
 // Name is the full name, domain included: "docker.io/library/debian".
 func (r *Repository) Name() string { return r.name.Name() }
 
-// Host is the "host:port" that is asked.
+// Host is the "host:port" of the registry, which mirrors stand in for.
 func (r *Repository) Host() string { return r.host }
 
 func (r *Repository) path() string { return reference.Path(r.name) }
@@ -56,11 +63,27 @@ func manifestTypes() []string {
 
 // Resolve asks what ref, a tag or a digest, means. It transfers no manifest
 // when the registry tells the digest in a header.
-func (r *Repository) Resolve(ctx context.Context, ref string) (ocispec.Descriptor, error) {
-	q := query{method: http.MethodHead, kind: "manifests", ref: ref, accept: manifestTypes()}
+func (r *Repository) Resolve(ctx context.Context, ref string) (desc ocispec.Descriptor, err error) {
 	if err := r.checkRef(ref); err != nil {
 		return ocispec.Descriptor{}, err
 	}
+	err = r.each(ctx, wanted(ref), func(one *Repository) (err error) {
+		desc, err = one.resolve(ctx, ref)
+		return err
+	})
+	return desc, err
+}
+
+// wanted is what a host must be able to do that is asked for a manifest.
+func wanted(ref string) Capabilities {
+	if _, err := digest.Parse(ref); err == nil {
+		return CanPull
+	}
+	return CanPull | CanResolve
+}
+
+func (r *Repository) resolve(ctx context.Context, ref string) (ocispec.Descriptor, error) {
+	q := query{method: http.MethodHead, kind: "manifests", ref: ref, accept: manifestTypes()}
 	var header http.Header
 	var size int64
 	err := r.retry(ctx, func() error {
@@ -102,9 +125,11 @@ func (r *Repository) GetManifest(ctx context.Context, ref string) (ocispec.Descr
 	}
 	var desc ocispec.Descriptor
 	var data []byte
-	err := r.retry(ctx, func() (err error) {
-		desc, data, err = r.getManifest(ctx, ref, digest.Canonical)
-		return err
+	err := r.each(ctx, wanted(ref), func(one *Repository) error {
+		return one.retry(ctx, func() (err error) {
+			desc, data, err = one.getManifest(ctx, ref, digest.Canonical)
+			return err
+		})
 	})
 	return desc, data, err
 }
@@ -161,7 +186,15 @@ func (r *Repository) Manifest(ctx context.Context, desc ocispec.Descriptor) ([]b
 
 // Blob reads the whole blob that desc names, at most MaxBlob bytes, and checks
 // its size and digest.
-func (r *Repository) Blob(ctx context.Context, desc ocispec.Descriptor) (_ []byte, err error) {
+func (r *Repository) Blob(ctx context.Context, desc ocispec.Descriptor) (data []byte, err error) {
+	err = r.each(ctx, CanPull, func(one *Repository) (err error) {
+		data, err = one.blob(ctx, desc)
+		return err
+	})
+	return data, err
+}
+
+func (r *Repository) blob(ctx context.Context, desc ocispec.Descriptor) ([]byte, error) {
 	object := "blob " + desc.Digest.String()
 	if desc.Size > MaxBlob {
 		return nil, r.fault(object, errdefs.ErrInvalidArgument, fmt.Errorf("a blob of %d bytes is more than the %d that are read into memory", desc.Size, int64(MaxBlob)))

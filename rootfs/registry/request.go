@@ -38,20 +38,35 @@ func (r *Repository) url(q query) string {
 	if r.ns != "" {
 		values.Set("ns", r.ns)
 	}
-	u := url.URL{Scheme: r.scheme, Host: r.host, Path: "/v2/" + r.path() + "/" + q.kind + "/" + q.ref, RawQuery: values.Encode()}
+	u := url.URL{Scheme: r.scheme, Host: r.host, Path: r.root + "/" + r.path() + "/" + q.kind + "/" + q.ref, RawQuery: values.Encode()}
 	return u.String()
+}
+
+// attempt returns that of a request to this host.
+func (r *Repository) attempt() *attempt {
+	if r.ns == "" {
+		return &attempt{lookup: Lookup{Repository: r.Name()}}
+	}
+	a := &attempt{ns: r.ns, lookup: Lookup{Repository: r.host + "/" + r.path()}}
+	if Loopback(r.host) {
+		a.lookup.registry, a.lookup.name = registryOf(r.ns), r.Name()
+	}
+	return a
 }
 
 // send makes one request with the registry's credentials and follows
 // redirects, without them to other hosts. An answer with a status that is not
 // in want becomes an *Error. The answer's body watches for stalls.
 func (r *Repository) send(ctx context.Context, q query, want ...int) (*http.Response, error) {
-	a := &attempt{}
+	a := r.attempt()
 	ctx = context.WithValue(ctx, attemptKey{}, a)
 	ctx = auth.AppendScopesForHost(ctx, r.host, auth.ScopeRepository(r.path(), auth.ActionPull))
-	resp, err := r.exchange(ctx, q, r.url(q), r.client.auth.Do, want)
+	resp, err := r.exchange(ctx, q, r.url(q), func(req *http.Request) (*http.Response, error) {
+		r.link.decorate(req)
+		return r.link.auth.Do(req)
+	}, want)
 	var e *Error
-	if errors.As(err, &e) && e.Status == http.StatusUnauthorized && a.bearer {
+	if errors.As(err, &e) && e.Status == http.StatusUnauthorized && a.renewable {
 		e.stale = true
 	}
 	return resp, err
@@ -61,7 +76,7 @@ func (r *Repository) send(ctx context.Context, q query, want ...int) (*http.Resp
 func (r *Repository) sendTo(ctx context.Context, q query, target string, want ...int) (*http.Response, error) {
 	return r.exchange(ctx, q, target, func(req *http.Request) (*http.Response, error) {
 		req.Header.Set("User-Agent", r.client.cfg.UserAgent)
-		return r.client.plain.Do(req)
+		return r.link.plain.Do(req)
 	}, want)
 }
 

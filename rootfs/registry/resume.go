@@ -18,6 +18,7 @@ const progress = 256 << 10
 type rangeReader struct {
 	ctx      context.Context // of the Range call: it covers the reading as well
 	repo     *Repository
+	from     *Repository   // at the host that is read from
 	piece    piece         // off moves with what was read
 	body     io.ReadCloser // nil when the rest has to be asked for
 	whole    bool          // body goes on to the end of the blob
@@ -26,10 +27,15 @@ type rangeReader struct {
 	err      error         // sticky
 }
 
-// ask makes one request for what is left.
-func (rr *rangeReader) ask() (err error) {
-	rr.body, rr.whole, err = rr.repo.ranged(rr.ctx, rr.piece)
-	return err
+// ask requests what is left.
+func (rr *rangeReader) ask() error {
+	return rr.repo.each(rr.ctx, CanPull, func(one *Repository) error {
+		rr.from = one
+		return one.retry(rr.ctx, func() (err error) {
+			rr.body, rr.whole, err = one.ranged(rr.ctx, rr.piece)
+			return err
+		})
+	})
 }
 
 // Read implements io.Reader.
@@ -58,7 +64,7 @@ func (rr *rangeReader) Read(p []byte) (int, error) {
 // been replaced.
 func (rr *rangeReader) readBody(p []byte) (int, error) {
 	if rr.body == nil {
-		return 0, rr.repo.retry(rr.ctx, rr.ask)
+		return 0, rr.ask()
 	}
 	p = p[:min(int64(len(p)), rr.piece.end-rr.piece.off)]
 	n, err := rr.body.Read(p)
@@ -86,14 +92,18 @@ func (rr *rangeReader) advance(n int) {
 }
 
 // failed waits before the rest is asked for again; after too many failures it
-// returns an error.
+// returns an error. When a mirror failed, the next host goes on at once.
 func (rr *rangeReader) failed(err error) error {
 	rr.since = 0
 	if errors.Is(err, errStalled) {
 		err = fmt.Errorf("%w (%s)", errStalled, rr.repo.client.cfg.Stall)
 	}
-	e := rr.repo.bodyError(rr.piece.object(), err)
-	if !rr.repo.again(rr.ctx, rr.failures, e) {
+	e := rr.from.bodyError(rr.piece.object(), err)
+	if !rr.from.last && rr.ctx.Err() == nil {
+		rr.from.giveUp(e)
+		return nil
+	}
+	if !rr.from.again(rr.ctx, rr.failures, e) {
 		return cmp.Or(rr.ctx.Err(), e)
 	}
 	rr.failures++
@@ -105,7 +115,7 @@ func (rr *rangeReader) failed(err error) error {
 func (rr *rangeReader) finish() error {
 	if rr.whole && rr.piece.end == rr.piece.size {
 		if n, _ := io.CopyN(io.Discard, rr.body, 1); n > 0 { // an error here is the expected end
-			rr.err = rr.repo.dataLoss(rr.piece.object(), "the registry has more than the %d bytes that the descriptor says", rr.piece.size)
+			rr.err = rr.from.dataLoss(rr.piece.object(), "the registry has more than the %d bytes that the descriptor says", rr.piece.size)
 		}
 	}
 	rr.drop()

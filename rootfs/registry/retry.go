@@ -65,8 +65,8 @@ func (r *Repository) again(ctx context.Context, n int, err error) bool {
 	if ctx.Err() != nil || n >= r.client.cfg.RetryMax || !errors.As(err, &e) {
 		return false
 	}
-	if !e.temporary && (!e.stale || n > 0) {
-		return false
+	if (!e.temporary || !r.last) && (!e.stale || n > 0) {
+		return false // the next host is nearer than a mirror's recovery
 	}
 	wait := r.client.backoff(n)
 	if e.retryAfter >= 0 {
@@ -104,15 +104,18 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// hosts holds what was learnt of the registries. It has an entry for a host
-// only while there is something to remember.
+// maxHosts bounds what is remembered; a full table starts again empty.
+const maxHosts = 4096
+
+// hosts holds what was learnt of the registries.
 type hosts struct {
 	mu    sync.Mutex
-	known map[string]hostState // by "host:port"; protected by mu
+	known map[string]hostState // by "host:port", or Repository.place; protected by mu
 }
 
 type hostState struct {
 	held      time.Time // no request before
+	down      time.Time // a mirror that is not asked before
 	rangeless time.Time // Range headers are ignored until
 }
 
@@ -127,7 +130,7 @@ func (h *hosts) set(host string, change func(*hostState)) {
 	defer h.mu.Unlock()
 	s := h.known[host]
 	change(&s)
-	if h.known == nil {
+	if h.known == nil || len(h.known) >= maxHosts {
 		h.known = map[string]hostState{}
 	}
 	h.known[host] = s

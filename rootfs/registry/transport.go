@@ -5,8 +5,11 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"slices"
 	"time"
+
+	"golang.org/x/net/http/httpproxy"
 )
 
 const (
@@ -44,7 +47,7 @@ func PlainHTTPHosts(list []string) func(host string) bool {
 
 func newTransport(cfg Config) *http.Transport {
 	t := &http.Transport{
-		DialContext:           boundedDial(cfg.Dial),
+		DialContext:           boundedDial(cfg.Dial, dialTimeout),
 		ForceAttemptHTTP2:     true,
 		TLSHandshakeTimeout:   tlsTimeout,
 		ResponseHeaderTimeout: cfg.Stall,
@@ -54,7 +57,8 @@ func newTransport(cfg Config) *http.Transport {
 		HTTP2: &http.HTTP2Config{SendPingTimeout: cfg.Stall, PingTimeout: dialTimeout},
 	}
 	if cfg.Dial == nil {
-		t.Proxy = http.ProxyFromEnvironment
+		proxy := httpproxy.FromEnvironment().ProxyFunc()
+		t.Proxy = func(req *http.Request) (*url.URL, error) { return proxy(req.URL) }
 	}
 	if cfg.TLS != nil {
 		t.TLSClientConfig = cfg.TLS.Clone()
@@ -65,12 +69,12 @@ func newTransport(cfg Config) *http.Transport {
 type dialFunc func(ctx context.Context, network, addr string) (net.Conn, error)
 
 // boundedDial gives a custom dial the time limit that a net.Dialer has.
-func boundedDial(dial dialFunc) dialFunc {
+func boundedDial(dial dialFunc, timeout time.Duration) dialFunc {
 	if dial == nil {
-		return (&net.Dialer{Timeout: dialTimeout, KeepAlive: 30 * time.Second}).DialContext
+		return (&net.Dialer{Timeout: timeout, KeepAlive: 30 * time.Second}).DialContext
 	}
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
-		ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+		ctx, cancel := context.WithTimeout(ctx, timeout)
 		defer cancel()
 		return dial(ctx, network, addr)
 	}

@@ -22,16 +22,6 @@ import (
 // request that pushes was sent: some copy the whole blob then.
 const answerTimeout = 5 * time.Minute
 
-// newPushing returns the client for requests that push. It shares tokens with
-// the one for reading, and has connections of its own.
-func (c *Client) newPushing() *auth.Client {
-	t := newTransport(c.cfg)
-	t.ResponseHeaderTimeout = max(answerTimeout, c.cfg.Stall)
-	pushing := *c.auth
-	pushing.Client = &http.Client{Transport: t, CheckRedirect: checkRedirect}
-	return &pushing
-}
-
 // write is a request with a token that allows to push.
 type write struct {
 	method  string
@@ -69,7 +59,7 @@ func (r *Repository) scopes(w write) []string {
 // write sends w. An answer with a status that is not in want becomes an
 // *Error; a stream that fails itself a *sourceError.
 func (r *Repository) write(ctx context.Context, w write, want ...int) (*http.Response, error) {
-	a := &attempt{}
+	a := r.attempt()
 	ctx = context.WithValue(ctx, attemptKey{}, a)
 	ctx = auth.AppendScopesForHost(ctx, r.host, r.scopes(w)...)
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -127,9 +117,10 @@ func (r *Repository) own(u *url.URL) bool { return u.Scheme == r.scheme && u.Hos
 
 func (r *Repository) doWrite(req *http.Request) (*http.Response, error) {
 	if r.own(req.URL) {
-		return r.client.pushing.Do(req)
+		r.link.decorate(req)
+		return r.link.pushing.Do(req)
 	}
-	return r.client.pushing.Client.Do(req)
+	return r.link.pushing.Client.Do(req)
 }
 
 // writeError is statusError with the remedies of pushing.
@@ -137,7 +128,7 @@ func (r *Repository) writeError(w write, resp *http.Response, a *attempt) *Error
 	e := r.statusError(w.object, resp)
 	switch e.Status {
 	case http.StatusUnauthorized:
-		e.stale = e.stale || a.bearer || w.authorization != ""
+		e.stale = e.stale || a.renewable || w.authorization != ""
 	case http.StatusForbidden, http.StatusMethodNotAllowed:
 		e.Class = errdefs.ErrPermissionDenied
 		e.Remedy = "do the credentials for " + r.host + " allow to push to this repository, and does the registry take pushes?"

@@ -14,6 +14,7 @@ type Auth struct {
 	User, Password string        // "" gives tokens to everybody
 	Basic          bool          // basic authentication instead of tokens
 	TTL            time.Duration // of tokens; 0 is until ExpireTokens
+	TellTTL        bool          // the token service says TTL, in seconds
 	Delay          time.Duration // the token service takes this long
 }
 
@@ -95,7 +96,11 @@ func (s *Server) serveToken(w http.ResponseWriter, r *http.Request) {
 	}
 	s.mu.Unlock()
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(map[string]string{"token": token}) // the client sees a lost answer
+	answer := map[string]any{"token": token}
+	if a.TellTTL {
+		answer["expires_in"] = int(a.TTL / time.Second)
+	}
+	_ = json.NewEncoder(w).Encode(answer) // the client sees a lost answer
 }
 
 // wait returns after d, or when the request or the server ends.
