@@ -41,6 +41,9 @@ type Config struct {
 	Root string `toml:"root"`
 	// Socket is the control socket; tatami-host.sock in Root when empty.
 	Socket string `toml:"socket"`
+	// ImagesSocket is where virtio-fs devices get images; images.sock in Root when
+	// empty.
+	ImagesSocket string `toml:"images_socket"`
 	// State is the directory of mounts, of the sockets of snapshotters, and of
 	// what describes them. It should be on a tmpfs.
 	State string `toml:"state"`
@@ -76,9 +79,16 @@ type Registry struct {
 	// PlainHTTP names the hosts ("host" or "host:port") that are asked without
 	// TLS, beside those of the machine itself.
 	PlainHTTP []string `toml:"plain_http"`
-	// Credentials is a file in the form of Docker's config.json; anonymous
-	// when empty. It is read for each request, so it may be replaced.
+	// ConfigPath lists directories of hosts.toml files, separated by ":", which
+	// say where the images of a registry are asked for. They need not exist.
+	ConfigPath string `toml:"config_path"`
+	// Credentials lists places of credentials, separated by ":", of which the
+	// first that has some counts: a file in the form of Docker's config.json, a
+	// directory of pull secrets, or the kubelet's CredentialProviderConfig.
+	// Anonymous when empty.
 	Credentials string `toml:"credentials"`
+	// ProviderBinDir has the programs of a CredentialProviderConfig.
+	ProviderBinDir string `toml:"credential_provider_bin_dir"`
 	// Layers is how many layers the node fetches and unpacks at a time.
 	Layers int `toml:"layers"`
 	// Ranges is how many parts of one layer are fetched at a time.
@@ -88,7 +98,7 @@ type Registry struct {
 // Relay bounds what one sandbox may take.
 type Relay struct {
 	// Requests is how many requests of a sandbox are served at a time; others
-	// wait.
+	// wait. So many are those of its virtio-fs device, too.
 	Requests int `toml:"requests"`
 	// Stall is how long a sandbox may take no byte of an answer before its
 	// connection is closed.
@@ -136,7 +146,7 @@ func Default() Config {
 		MountHelper: "/opt/tatami/bin/nydus-overlayfs-tatami",
 		Class:       "online",
 		Log:         Log{Level: "info", Format: "json"},
-		Registry:    Registry{Layers: 8, Ranges: 4},
+		Registry:    Registry{ConfigPath: "/etc/containerd/certs.d:/etc/docker/certs.d", Layers: 8, Ranges: 4},
 		Relay:       Relay{Requests: 16, Stall: Duration(30 * time.Second)},
 		Kata: Kata{
 			RunDirs: []string{"/run/kata", "/run/vc/sbs"}, HostPort: vsock.HostPort, RelayPort: vsock.RelayPort,
@@ -213,8 +223,11 @@ func (c *Config) check() error {
 	if c.Socket == "" {
 		c.Socket = filepath.Join(c.Root, "tatami-host.sock")
 	}
-	if !filepath.IsAbs(c.Socket) || len(c.Socket) > maxUnixPath {
-		return fmt.Errorf("socket %q: give an absolute path of at most %d bytes", c.Socket, maxUnixPath)
+	if c.ImagesSocket == "" {
+		c.ImagesSocket = filepath.Join(c.Root, "images.sock")
+	}
+	if err := c.checkSockets(); err != nil {
+		return err
 	}
 	if err := c.checkNumbers(); err != nil {
 		return err
@@ -229,6 +242,18 @@ func (c *Config) check() error {
 		return err
 	}
 	return c.checkNames()
+}
+
+func (c *Config) checkSockets() error {
+	for _, s := range []struct{ key, path string }{{"socket", c.Socket}, {"images_socket", c.ImagesSocket}} {
+		if !filepath.IsAbs(s.path) || len(s.path) > maxUnixPath {
+			return fmt.Errorf("%s %q: give an absolute path of at most %d bytes", s.key, s.path, maxUnixPath)
+		}
+	}
+	if filepath.Clean(c.Socket) == filepath.Clean(c.ImagesSocket) {
+		return fmt.Errorf("socket and images_socket are both %q: give two paths", c.Socket)
+	}
+	return nil
 }
 
 func (c *Config) checkNumbers() error {
@@ -265,8 +290,18 @@ func (c *Config) checkNames() error {
 			return fmt.Errorf("registry.plain_http %q: give host or host:port", h)
 		}
 	}
-	if p := c.Registry.Credentials; p != "" && !filepath.IsAbs(p) {
-		return fmt.Errorf("registry.credentials %q: give an absolute path", p)
+	return c.Registry.checkPaths()
+}
+
+func (r *Registry) checkPaths() error {
+	for _, p := range []struct{ key, list string }{
+		{"config_path", r.ConfigPath}, {"credentials", r.Credentials}, {"credential_provider_bin_dir", r.ProviderBinDir},
+	} {
+		for _, path := range filepath.SplitList(p.list) {
+			if !filepath.IsAbs(path) {
+				return fmt.Errorf("registry.%s %q: give absolute paths", p.key, path)
+			}
+		}
 	}
 	return nil
 }

@@ -23,6 +23,7 @@ func TestDecode(t *testing.T) {
 		{name: "all", text: `version = 1
 root = "/srv/t"
 socket = "/run/t.sock"
+images_socket = "/run/i.sock"
 idle_exit = true
 class = "batch"
 [log]
@@ -30,7 +31,9 @@ level = "debug"
 format = "text"
 [registry]
 plain_http = ["a:5000", "b"]
-credentials = "/c.json"
+config_path = "/a:/b"
+credentials = "/c.json:/secrets"
+credential_provider_bin_dir = "/bin"
 layers = 2
 ranges = 3
 [relay]
@@ -43,9 +46,12 @@ host_port = 3000
 relay_port = 3001
 containerd_state = "/run/k3s/containerd"
 `, want: func(c *Config) {
-			c.Root, c.Socket, c.IdleExit, c.Class = "/srv/t", "/run/t.sock", true, "batch"
+			c.Root, c.Socket, c.ImagesSocket, c.IdleExit, c.Class = "/srv/t", "/run/t.sock", "/run/i.sock", true, "batch"
 			c.Log = Log{Level: "debug", Format: "text"}
-			c.Registry = Registry{PlainHTTP: []string{"a:5000", "b"}, Credentials: "/c.json", Layers: 2, Ranges: 3}
+			c.Registry = Registry{
+				PlainHTTP: []string{"a:5000", "b"}, ConfigPath: "/a:/b",
+				Credentials: "/c.json:/secrets", ProviderBinDir: "/bin", Layers: 2, Ranges: 3,
+			}
 			c.Relay = Relay{Requests: 5, Stall: Duration(7 * time.Second)}
 			c.Kata = Kata{Discover: true, RunDirs: []string{"/run/a"}, HostPort: 3000, RelayPort: 3001, ContainerdState: "/run/k3s/containerd"}
 		}},
@@ -92,20 +98,25 @@ func TestParse(t *testing.T) {
 		want func(*Config)
 		err  string
 	}{
-		{name: "no file", path: absent, want: func(c *Config) { c.Socket = "/var/lib/tatami/tatami-host.sock" }},
+		{name: "no file", path: absent, want: func(c *Config) {
+			c.Socket, c.ImagesSocket = "/var/lib/tatami/tatami-host.sock", "/var/lib/tatami/images.sock"
+		}},
 		{name: "file", path: file, want: func(c *Config) {
-			c.Root, c.Socket, c.Registry.Layers, c.Registry.PlainHTTP = "/srv/t", "/srv/t/tatami-host.sock", 2, []string{"a"}
+			c.Root, c.Socket, c.ImagesSocket = "/srv/t", "/srv/t/tatami-host.sock", "/srv/t/images.sock"
+			c.Registry.Layers, c.Registry.PlainHTTP = 2, []string{"a"}
 		}},
 		{name: "flags win", path: absent, want: func(c *Config) {
-			c.Root, c.Socket, c.Registry.Layers, c.Registry.PlainHTTP = "/x", "/x/tatami-host.sock", 9, []string{"b:1", "c"}
-			c.IdleExit = true
-		}, args: []string{"--config", file, "--root", "/x/", "--layers=9", "--plain-http", "b:1", "--plain-http=c", "--idle-exit"}},
+			c.Root, c.Socket, c.ImagesSocket = "/x", "/x/tatami-host.sock", "/i"
+			c.Registry.Layers, c.Registry.PlainHTTP, c.IdleExit = 9, []string{"b:1", "c"}, true
+		}, args: []string{"--config", file, "--root", "/x/", "--layers=9", "--plain-http", "b:1", "--plain-http=c", "--idle-exit", "--images-socket", "/i"}},
 		{name: "discover", path: absent, args: []string{"--discover"}, want: func(c *Config) {
-			c.Socket, c.Kata.Discover = "/var/lib/tatami/tatami-host.sock", true
+			c.Socket, c.ImagesSocket, c.Kata.Discover = "/var/lib/tatami/tatami-host.sock", "/var/lib/tatami/images.sock", true
 		}},
 		{name: "named file missing", path: file, args: []string{"--config", absent}, err: "open settings"},
 		{name: "relative root", path: absent, args: []string{"--root", "x"}, err: "absolute path"},
 		{name: "long socket", path: absent, args: []string{"--socket", "/" + strings.Repeat("x", 107)}, err: "at most 107 bytes"},
+		{name: "relative socket", path: absent, args: []string{"--images-socket", "x"}, err: "images_socket"},
+		{name: "one socket", path: absent, args: []string{"--images-socket", "/x", "--socket", "/x"}, err: "give two paths"},
 		{name: "layers", path: absent, args: []string{"--layers", "0"}, err: "registry.layers is 0"},
 		{name: "not a number", path: absent, args: []string{"--ranges", "many"}, err: "ranges"},
 		{name: "class", path: absent, args: []string{"--class", "bulk"}, err: "online or batch"},
@@ -113,6 +124,7 @@ func TestParse(t *testing.T) {
 		{name: "format", path: absent, args: []string{"--log-format", "xml"}, err: "log.format"},
 		{name: "host", path: absent, args: []string{"--plain-http", "http://a"}, err: "plain_http"},
 		{name: "credentials", path: absent, args: []string{"--credentials", "c.json"}, err: "credentials"},
+		{name: "second place of credentials", path: absent, args: []string{"--credentials", "/a:b"}, err: `registry.credentials "b"`},
 		{name: "unknown flag", path: absent, args: []string{"--frob"}, err: "frob"},
 		{name: "argument", path: absent, args: []string{"serve"}, err: `"serve"`},
 	} {
@@ -222,8 +234,9 @@ func TestDeployedSettings(t *testing.T) {
 // A daemon with more settings is not understood any more.
 func TestSettings(t *testing.T) {
 	each := fields(reflect.TypeFor[Snapshotter]())
-	if n := fields(reflect.TypeFor[Config]()); n-each > 20 || each > 7 {
-		t.Fatalf("%d settings and %d of a snapshotter, at most 20 and 7 are wanted", n-each, each)
+	// The version is none.
+	if n := fields(reflect.TypeFor[Config]()) - 1 - each; n > 22 || each > 7 {
+		t.Fatalf("%d settings and %d of a snapshotter, at most 22 and 7 are wanted", n, each)
 	}
 }
 
@@ -257,7 +270,7 @@ fallback = ["share", "full"]
 upper_size = "512M"`, ""},
 		{"no name", "[[snapshotter]]\nmode = \"guest\"", "name: give lower-case"},
 		{"path as name", "[[snapshotter]]\nname = \"../a\"\nmode = \"guest\"", "name: give lower-case"},
-		{"no mode", "[[snapshotter]]\nname = \"a\"", "give one of guest, block, share, full"},
+		{"no mode", "[[snapshotter]]\nname = \"a\"", "give one of guest, block, share, nydus, full"},
 		{"unknown fallback", "[[snapshotter]]\nname = \"a\"\nmode = \"guest\"\nfallback = [\"lazy\"]", "mode \"lazy\""},
 		{"size", "[[snapshotter]]\nname = \"a\"\nmode = \"guest\"\nupper_size = \"big\"", "is no size"},
 		{"chain IDs", "[[snapshotter]]\nname = \"a\"\nmode = \"guest\"\nchain_ids = \"all\"", "chain_ids \"all\""},

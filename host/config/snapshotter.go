@@ -16,7 +16,7 @@ type Snapshotter struct {
 	Name string `toml:"name"`
 	// Socket is where containerd finds it; <state>/<name>.sock when empty.
 	Socket string `toml:"socket"`
-	// Mode is "guest", "block", "share" or "full".
+	// Mode is "guest", "block", "share", "nydus" or "full".
 	Mode string `toml:"mode"`
 	// Allow lists the modes that a pod may ask for by a label.
 	Allow []string `toml:"allow"`
@@ -49,7 +49,7 @@ func (s *Size) UnmarshalText(text []byte) error {
 func (s Size) MarshalText() ([]byte, error) { return strconv.AppendInt(nil, int64(s), 10), nil }
 
 var (
-	modes       = []string{"guest", "block", "share", "full"}
+	modes       = []string{"guest", "block", "share", "nydus", "full"}
 	snapshotter = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,63}$`)
 )
 

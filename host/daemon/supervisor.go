@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/tatami-containers/tatami/host/config"
 	"github.com/tatami-containers/tatami/host/service"
+	"github.com/tatami-containers/tatami/protocols/sharedimages"
 	"github.com/tatami-containers/tatami/protocols/vsock"
 	"github.com/tatami-containers/tatami/rootfs/mount"
 	"github.com/tatami-containers/tatami/rootfs/mount/session"
@@ -59,9 +59,9 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 	if store(fuse, log) {
 		keep = sessionFile(cfg)
 	}
-	// What the supervisor holds belongs to these three, whatever the file says by
+	// What the supervisor holds belongs to these four, whatever the file says by
 	// the time that a worker reads it.
-	command := slices.Concat([]string{self}, args, []string{"--root", cfg.Root, "--state", cfg.State, "--socket", cfg.Socket})
+	command := slices.Concat([]string{self}, args, []string{"--root", cfg.Root, "--state", cfg.State, "--socket", cfg.Socket, "--images-socket", cfg.ImagesSocket})
 	return session.Supervise(ctx, session.SuperviseConfig{
 		Session: fuse, Command: command, ExtraFiles: append(sockets.files, readies),
 		Restart: reloads(ctx, cfg, args, command, log), Keep: keep, Polite: true, Log: log,
@@ -91,13 +91,17 @@ func openSession(cfg config.Config, log *slog.Logger) (*session.Session, error) 
 // kernel while there is no worker.
 type sockets struct {
 	listeners []net.Listener
-	files     []*os.File // the control socket, then one for each snapshotter
+	files     []*os.File // as socketPaths
 }
 
 func listen(cfg config.Config) (*sockets, error) {
 	s := &sockets{}
 	for _, path := range socketPaths(cfg) {
-		if err := s.add(path); err != nil {
+		network := "unix"
+		if path == cfg.ImagesSocket {
+			network = sharedimages.Network
+		}
+		if err := s.add(network, path); err != nil {
 			s.close()
 			return nil, fmt.Errorf("open socket: %w", err)
 		}
@@ -105,29 +109,26 @@ func listen(cfg config.Config) (*sockets, error) {
 	return s, nil
 }
 
-// socketPaths lists the control socket, then one for each snapshotter.
+// socketPaths lists the control socket, that of virtio-fs devices, then one for
+// each snapshotter.
 func socketPaths(cfg config.Config) []string {
-	paths := []string{cfg.Socket}
+	paths := []string{cfg.Socket, cfg.ImagesSocket}
 	for _, sn := range cfg.Snapshotters {
 		paths = append(paths, sn.Socket)
 	}
 	return paths
 }
 
-func (s *sockets) add(path string) error {
+func (s *sockets) add(network, path string) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil { //nolint:gosec // as above
 		return err
 	}
-	l, err := vsock.Listen("unix:" + path)
+	l, err := vsock.ListenUnix(network, path)
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: %w", path, err)
 	}
 	s.listeners = append(s.listeners, l)
-	filer, ok := l.(interface{ File() (*os.File, error) })
-	if !ok {
-		return fmt.Errorf("%s cannot be passed on: %w", path, errors.ErrUnsupported)
-	}
-	f, err := filer.File()
+	f, err := l.File()
 	if err != nil {
 		return err
 	}

@@ -41,7 +41,8 @@ func runWorker(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return errors.Join(err, link.Close())
 	}
-	beside := service.Beside{Control: sockets[cfg.Socket], Ready: func() { sayReady(readies, log) }, Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
+	images, _ := sockets[cfg.ImagesSocket].(*net.UnixListener) // the settings name it, or it is opened here
+	beside := service.Beside{Control: sockets[cfg.Socket], Images: images, Ready: func() { sayReady(readies, log) }, Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
 		return openLocal(ctx, cfg, n, link, sockets, log)
 	}}
 	return errors.Join(service.Run(ctx, cfg, beside, log), link.Close())

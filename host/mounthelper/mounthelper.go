@@ -1,7 +1,7 @@
-// Package mounthelper mounts what a snapshotter returns in guest mode when it is
-// containerd itself that mounts it, as it does to look up a user in the image's
-// /etc/passwd: an overlay over the image, which tatami-host serves lazily. The
-// options that are meant for Kata's runtimes are left out.
+// Package mounthelper mounts what a snapshotter returns in the modes guest and nydus
+// when it is containerd itself that mounts it, as it does to look up a user in the
+// image's /etc/passwd: an overlay over the image, which tatami-host serves lazily.
+// The options that are meant for Kata's runtimes are left out.
 //
 // containerd runs mount.fuse for mount types that begin with "fuse."
 // (mountWithHelper in its core/mount/mount_linux.go), and that runs
@@ -88,7 +88,7 @@ func (r *request) set(options []string) error {
 			r.flags |= flag
 			continue
 		}
-		if strings.HasPrefix(o, volume.Prefix) || strings.HasPrefix(o, "extraoption=") {
+		if strings.HasPrefix(o, volume.Prefix) || strings.HasPrefix(o, volume.ExtraPrefix) {
 			continue // for Kata
 		}
 		data = append(data, o)

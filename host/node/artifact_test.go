@@ -16,6 +16,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/artifact"
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
+	"github.com/tatami-containers/tatami/rootfs/store/shared"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 )
 
@@ -148,6 +149,21 @@ func TestForgedArtifacts(t *testing.T) {
 	}
 }
 
+// attach opens the first segment of an image as a virtio-fs device does.
+func (g *rig) attach(t *testing.T, l *Lease) *shared.Segment {
+	t.Helper()
+	s, err := l.Share(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seg, err := shared.Open(s.State, s.Data, s.Off)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = seg.Close() }) // it is only read
+	return seg
+}
+
 func testForged(t *testing.T, forge func(*index.Layer)) {
 	g := newRig(t)
 	files := tree{"etc/motd": text(1, 200_000)}
@@ -162,6 +178,8 @@ func testForged(t *testing.T, forge func(*index.Layer)) {
 	}
 	l := g.lease(t, "app:v1")
 	whole := l.File()
+	good := g.lease(t, "good:v1")
+	bad, fine := g.attach(t, l), g.attach(t, good)
 	second := g.lease(t, "app:v1")
 	part, err := second.Prefix(t.Context(), 1)
 	if err != nil {
@@ -178,7 +196,20 @@ func testForged(t *testing.T, forge func(*index.Layer)) {
 			t.Errorf("read of an image with a forged layer: %v", err)
 		}
 	}
-	g.check(t, g.lease(t, "good:v1"), 0, files)
+	for name, s := range map[string]*shared.Segment{"a forged": bad, "a segment of a forged and a good": fine} {
+		for start := time.Now(); !s.Moved() && time.Since(start) < time.Minute; time.Sleep(time.Millisecond) {
+		}
+		if _, _, n, _ := s.Map(0); n > 0 {
+			t.Errorf("share of %s image gives %d bytes", name, n)
+		}
+	}
+	if s, err := l.Share(0); !errdefs.IsDataLoss(err) {
+		t.Errorf("share of a forged image: %v, %v", s, err)
+	}
+	if _, _, n, _ := g.attach(t, good).Map(0); n == 0 {
+		t.Error("the good image is not shared again")
+	}
+	g.check(t, good, 0, files)
 	if err := errors.Join(part.Close(), whole.Close()); err != nil {
 		t.Error(err)
 	}

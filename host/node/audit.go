@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
@@ -56,9 +57,17 @@ func (n *Node) auditOne(id index.ID, k layerKey) {
 	}
 }
 
-// condemn makes images that use an index unreadable, and marks them, so that they
-// are gone after a restart.
+// condemn makes images that use an index unreadable, and ends what is shared of
+// them.
 func (n *Node) condemn(k layerKey, reason error) {
+	for _, d := range n.markForged(k, reason) {
+		n.store.EndShares(d)
+	}
+}
+
+// markForged marks the images that use an index, so that they are gone after a
+// restart, and returns them.
+func (n *Node) markForged(k layerKey, reason error) (images []digest.Digest) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.forged[k] = reason
@@ -67,10 +76,12 @@ func (n *Node) condemn(k layerKey, reason error) {
 		if !slices.Contains(r.Layers, layerRecord{k.blob, k.by}) {
 			continue
 		}
+		images = append(images, d)
 		if err := n.files.write(filepath.Join(n.files.image(d), forgedFile), []byte(reason.Error())); err != nil {
 			n.log.Warn("an image with a forged index could not be marked; it is audited again when it is prepared", "manifest", d, "error", err)
 		}
 	}
+	return images
 }
 
 // described are the layer indexes of a segment that somebody has published. One

@@ -12,14 +12,14 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"oras.land/oras-go/v2/registry/remote/auth"
-	"oras.land/oras-go/v2/registry/remote/credentials"
 
 	"github.com/tatami-containers/tatami/host/config"
 	"github.com/tatami-containers/tatami/host/node"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/registry/credentials"
+	"github.com/tatami-containers/tatami/rootfs/registry/hosts"
 )
 
 // How long calls and answers under way may take when the program ends.
@@ -45,6 +45,8 @@ const registryStall = 10 * time.Second
 type Beside struct {
 	// Control is the control socket, if it is open already.
 	Control net.Listener
+	// Images is the socket of virtio-fs devices, if it is open already.
+	Images *net.UnixListener
 	// Open starts it; nil when there is nothing.
 	Open func(ctx context.Context, n *node.Node) (Local, error)
 	// Ready is called when everything serves; may be nil.
@@ -77,11 +79,10 @@ func Run(ctx context.Context, cfg config.Config, beside Beside, log *slog.Logger
 	}
 	// Connections are closed last: the answers of the last calls are on their way.
 	defer func() { err = errors.Join(err, front.server.Close()) }()
-	client := registry.New(registry.Config{
-		PlainHTTP: registry.PlainHTTPHosts(cfg.Registry.PlainHTTP), Credentials: credentialsOf(cfg.Registry.Credentials),
-		UserAgent: "tatami-host", Log: log, Chunk: rangeBytes, InFlight: cfg.Registry.Ranges,
-		Stall: registryStall,
-	})
+	client, err := newClient(cfg.Registry, log)
+	if err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, client.Close()) }()
 	n, err := node.Open(node.Config{Root: cfg.Root, Registry: client, Layers: cfg.Registry.Layers, Log: log})
 	if err != nil {
@@ -114,6 +115,9 @@ func runService(ctx context.Context, conf Config, cfg config.Config, front *fron
 	s := New(conf)
 	defer s.finish(ctx)
 	s.Restore()
+	if err := s.export(beside.Images, cfg.ImagesSocket); err != nil {
+		return err
+	}
 	if cfg.Kata.Discover {
 		defer s.runDiscovery(ctx)()
 	}
@@ -138,19 +142,24 @@ func (s *Service) finish(ctx context.Context) {
 	s.close(grace)
 }
 
-// credentialsOf reads a file in the form of Docker's config.json whenever a
-// registry asks; without one, access is anonymous.
-func credentialsOf(file string) auth.CredentialFunc {
-	if file == "" {
-		return nil
+// newClient returns the client of registries and their mirrors.
+func newClient(r config.Registry, log *slog.Logger) (*registry.Client, error) {
+	plain := registry.PlainHTTPHosts(r.PlainHTTP)
+	cfg := registry.Config{
+		PlainHTTP: plain, UserAgent: "tatami-host", Log: log, Stall: registryStall,
+		Chunk: rangeBytes, InFlight: r.Ranges,
 	}
-	return func(ctx context.Context, host string) (auth.Credential, error) {
-		store, err := credentials.NewStore(file, credentials.StoreOptions{})
-		if err != nil {
-			return auth.EmptyCredential, fmt.Errorf("read credentials %s: %w", file, err)
-		}
-		return credentials.Credential(store)(ctx, host)
+	if roots := filepath.SplitList(r.ConfigPath); len(roots) > 0 {
+		cfg.Hosts = hosts.New(roots, hosts.Options{PlainHTTP: plain, Log: log}).Hosts
 	}
+	sources, err := credentials.Open(filepath.SplitList(r.Credentials), r.ProviderBinDir)
+	if err != nil {
+		return nil, err
+	}
+	if len(sources) > 0 { // without any, the client says so
+		cfg.Credentials = credentials.Chain(log, sources...)
+	}
+	return registry.New(cfg), nil
 }
 
 // control serves the control socket until there is a reason to stop.

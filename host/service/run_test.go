@@ -34,7 +34,7 @@ func run(t *testing.T, change func(*config.Config)) *daemon {
 	t.Helper()
 	dir := t.TempDir()
 	cfg := config.Default()
-	cfg.Root, cfg.Socket = dir, filepath.Join(dir, "tatami-host.sock")
+	cfg.Root, cfg.Socket, cfg.ImagesSocket = dir, filepath.Join(dir, "tatami-host.sock"), filepath.Join(dir, "images.sock")
 	if change != nil {
 		change(&cfg)
 	}

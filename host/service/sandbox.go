@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -62,6 +63,7 @@ type sandbox struct {
 	containers map[string]container // protected by mu
 	lookups    map[string]*lookup   // under way, by container; protected by mu
 	grants     []relay.Grant        // replaced, never changed; protected by mu
+	lost       time.Time            // when its virtio-fs device was lost; zero when there is one, or none; protected by mu
 }
 
 func newSandbox(s *Service, id string, at place) (*sandbox, error) {
@@ -125,6 +127,7 @@ func (b *sandbox) close(ctx context.Context) {
 	b.cancel()
 	_ = b.host.Close() // its listener and connections; nothing to add
 	b.relay.Shutdown(ctx)
+	b.s.exports.Drop(b.id)
 	b.wg.Wait()
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -175,15 +178,21 @@ func (b *sandbox) add(c container) error {
 func (b *sandbox) remove(id string) {
 	b.mu.Lock()
 	c, ok := b.containers[id]
+	gone := false
 	if ok {
 		delete(b.containers, id)
 		b.regrant()
 		b.s.notes.dropContainer(b.id, id)
+		gone = !b.has(c.lease.Manifest())
 	}
 	b.mu.Unlock()
-	if ok {
-		c.lease.Close()
+	if !ok {
+		return
 	}
+	if gone {
+		b.s.exports.Gone(b.id, c.lease.Manifest())
+	}
+	c.lease.Close()
 }
 
 // regrant lets the relay serve the images of all containers. Precondition: b.mu

@@ -22,6 +22,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/tatami-containers/tatami/host/export"
 	"github.com/tatami-containers/tatami/host/kata"
 	"github.com/tatami-containers/tatami/host/node"
 	"github.com/tatami-containers/tatami/protocols/vsock"
@@ -57,6 +58,9 @@ type Service struct {
 	notes *notes
 	sent  atomic.Int64 // body bytes of all relays
 
+	exports *export.Server // of virtio-fs devices
+	serving sync.WaitGroup // exports
+
 	watcher *kata.Watcher // nil without discovery
 	bundles *kata.Bundles
 	ctx     context.Context // of looking for sandboxes; ends with close
@@ -77,6 +81,9 @@ func New(cfg Config) *Service {
 	s := &Service{cfg: cfg, log: cfg.Log, sandboxes: map[string]*sandbox{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.ports = newPorts(vsock.Listen, vsock.PeerCID)
+	s.exports = export.New(export.Config{
+		Open: s.openImage, Left: s.left, Requests: cfg.Requests, Stall: cfg.Stall, Log: cfg.Log,
+	})
 	s.notes = openNotes(cfg.Notes, cfg.Log)
 	s.removeLeftovers()
 	s.forgetOthers()
@@ -284,6 +291,11 @@ func (s *Service) lease(ctx context.Context, reference, platform string) (*node.
 // noted for the next process.
 func (s *Service) close(ctx context.Context) {
 	s.cancel()
+	if s.cfg.Restore { // guests read on what they have
+		s.cfg.Node.KeepShares()
+	}
+	s.exports.Close() // before sandboxes: to a device this is a pause, not the end of its images
+	s.serving.Wait()
 	s.mu.Lock()
 	s.closed = true
 	boxes := s.sandboxes

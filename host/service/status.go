@@ -35,9 +35,9 @@ func (s *Service) status() []*api.SandboxStatus {
 }
 
 func (b *sandbox) status() *api.SandboxStatus {
+	out := &api.SandboxStatus{Id: b.id, Identity: b.at.host, VirtioFs: b.virtioFS()}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	out := &api.SandboxStatus{Id: b.id, Identity: b.at.host}
 	for _, id := range slices.Sorted(maps.Keys(b.containers)) {
 		c := b.containers[id]
 		out.Containers = append(out.Containers, &api.ContainerStatus{

@@ -74,8 +74,9 @@ func (s *Snapshotter) holdAgain(ctx context.Context, key string, l *layout) (err
 	return s.link(l.id, l.given.lower)
 }
 
-// Commit makes an active snapshot a layer. One whose writes are in a VM is
-// ErrNotImplemented: its directory here is empty.
+// Commit makes an active snapshot a layer. One whose writes are in a VM, or in a
+// directory of which the VM owns every name, is ErrNotImplemented: the directory for
+// writes here is empty.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	info, err := infoOf(opts)
 	if err == nil {
@@ -88,8 +89,8 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	if err != nil {
 		return fmt.Errorf("commit snapshot %q: %w", key, err)
 	}
-	if m := old.record.mode; m == Guest || m == Block {
-		return fmt.Errorf("commit snapshot %q: in mode %s what the container wrote is in the VM; use mode share or full: %w", key, m, errdefs.ErrNotImplemented)
+	if m := old.record.mode; m == Guest || m == Block || m == Nydus {
+		return fmt.Errorf("commit snapshot %q: in mode %s what the container wrote is the VM's; use mode share or full: %w", key, m, errdefs.ErrNotImplemented)
 	}
 	usage, err := s.diskUsage(ctx, old.id) // it may take long, so outside of the transaction
 	if err != nil {

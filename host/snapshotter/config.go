@@ -23,11 +23,15 @@ const (
 	// Share: the host mounts the image lazily and an overlay over it, for
 	// Kata's virtiofsd and for runc.
 	Share Mode = "share"
+	// Nydus: the host mounts the image lazily and the virtio-fs daemon of Kata's
+	// shared_fs "virtio-fs-nydus", which is tatami-virtiofsd, shows it to the VM,
+	// whose kernel makes the overlay.
+	Nydus Mode = "nydus"
 	// Full: containerd unpacks the layers here, as for its overlayfs.
 	Full Mode = "full"
 )
 
-var modes = []Mode{Guest, Block, Share, Full}
+var modes = []Mode{Guest, Block, Share, Nydus, Full}
 
 // Bounds of the image for writes in block mode, in bytes: what mkfs.ext4 can
 // make of it, and the largest ext4 with blocks of 4 KiB.

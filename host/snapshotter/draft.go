@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -24,6 +25,10 @@ const (
 	lowerLink = "lower"  // to where the node mounts the image; an empty directory when it cannot
 	usersDir  = `\lower` // the image's users and groups; see lowerOption
 	upperFile = "rwlayer.img"
+	// guestDir has an upper and a work directory for the VM itself, which Kata calls
+	// "fs" and "work" too. All names in it are the guest's to change, so nothing on
+	// the host may follow them: what the host needs is not there.
+	guestDir = "guest"
 )
 
 const (
@@ -114,16 +119,26 @@ func (d *draft) furnish(ctx context.Context) error {
 // makeUpper makes the directories for writes, as containerd's overlayfs
 // snapshotter does.
 func (d *draft) makeUpper() error {
-	if err := os.Mkdir(d.path(upperDir), 0o755); err != nil {
+	return makeWritable(d.path(), d.request.kind == snapshots.KindActive)
+}
+
+func makeWritable(dir string, work bool) error {
+	upper := filepath.Join(dir, upperDir)
+	if err := os.Mkdir(upper, 0o755); err != nil {
 		return err
 	}
-	if err := os.Chmod(d.path(upperDir), 0o755); err != nil { // whatever the umask
+	if err := os.Chmod(upper, 0o755); err != nil || !work { // whatever the umask
 		return err
 	}
-	if d.request.kind != snapshots.KindActive {
-		return nil
+	return os.Mkdir(filepath.Join(dir, workDir), 0o711)
+}
+
+// makeGuestDir makes the directory that a VM gets.
+func (d *draft) makeGuestDir() error {
+	if err := os.Mkdir(d.path(guestDir), 0o700); err != nil {
+		return err
 	}
-	return os.Mkdir(d.path(workDir), 0o711)
+	return makeWritable(d.path(guestDir), true)
 }
 
 // take asks the node for what the mode needs.
@@ -139,6 +154,11 @@ func (d *draft) take(ctx context.Context, mode Mode) (err error) {
 	switch {
 	case mode == Block && d.request.kind == snapshots.KindActive:
 		return d.makeUpperFile(ctx)
+	case mode == Nydus && d.request.kind == snapshots.KindActive:
+		if err := d.makeGuestDir(); err != nil {
+			return err
+		}
+		return d.takeTree(ctx)
 	case d.given.lower != "":
 		return d.takeTree(ctx)
 	case mode == Guest:
@@ -150,7 +170,7 @@ func (d *draft) take(ctx context.Context, mode Mode) (err error) {
 // takeTree links to the image that the node mounts, and copies its users.
 func (d *draft) takeTree(ctx context.Context) (err error) {
 	users := []string{"etc/passwd", "etc/group"}
-	if d.record.mode == Guest {
+	if d.record.mode == Guest || d.record.mode == Nydus {
 		users = nil // nobody reads the image here unless containerd asks the helper
 	}
 	if d.given.tree, err = d.s.cfg.Images.Look(ctx, d.given.lower, users...); err != nil {
@@ -186,23 +206,33 @@ func (s *Snapshotter) hold(ctx context.Context, r record) (g given, err error) {
 	return g, err
 }
 
-// adopt gives the upper directory the owner and mode of the directory that it
-// covers, the image's root.
+// adopt gives the upper directories the owner and mode of the directory that they
+// cover, the image's root.
 func (d *draft) adopt() error {
 	uid, gid, mapped, err := mappedRoot(d.request.labels)
 	covered, ok, serr := d.covered()
 	if err = errors.Join(err, serr); err != nil || !ok && !mapped {
 		return err
 	}
-	if ok {
-		if !mapped {
-			uid, gid = covered.UID, covered.GID
+	if ok && !mapped {
+		uid, gid = covered.UID, covered.GID
+	}
+	for _, dir := range d.uppers() {
+		if ok {
+			err = os.Chmod(dir, covered.Mode)
 		}
-		if err := os.Chmod(d.path(upperDir), covered.Mode); err != nil {
+		if err = errors.Join(err, os.Lchown(dir, uid, gid)); err != nil {
 			return err
 		}
 	}
-	return os.Lchown(d.path(upperDir), uid, gid)
+	return nil
+}
+
+func (d *draft) uppers() []string {
+	if d.record.mode == Nydus && d.request.kind == snapshots.KindActive {
+		return []string{d.path(upperDir), d.path(guestDir, upperDir)}
+	}
+	return []string{d.path(upperDir)}
 }
 
 // covered describes the directory that the upper one covers, if there is one.

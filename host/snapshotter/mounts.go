@@ -27,6 +27,8 @@ func (s *Snapshotter) mounts(l layout) ([]mount.Mount, error) {
 		return s.guestMounts(l)
 	case Block:
 		return s.blockMounts(l), nil
+	case Nydus:
+		return s.nydusMounts(l)
 	default:
 		return s.overlayMounts(l), nil
 	}
@@ -51,6 +53,26 @@ func (s *Snapshotter) guestMounts(l layout) ([]mount.Mount, error) {
 	}
 	options = append(options, s.overlay...)
 	return []mount.Mount{{Type: "fuse." + s.cfg.MountHelper, Source: "overlay", Options: append(options, record)}}, nil
+}
+
+// nydusMounts is one mount with the record that both of Kata's runtimes take, and
+// mount nothing: they hand its source to their virtio-fs daemon and its directory to
+// the guest (shareRootFilesystemWithNydus in fs_share_linux.go,
+// create_standalone_rootfs in rootfs/nydus_rootfs.rs). The other options are for
+// containerd, as in guest mode; what the VM writes is not there. A view, which has
+// nothing to write, is a directory of the host that any runtime can share.
+func (s *Snapshotter) nydusMounts(l layout) ([]mount.Mount, error) {
+	if l.kind != snapshots.KindActive {
+		return bind(l.given.lower, false), nil
+	}
+	// tatami-virtiofsd needs no configuration, and Kata takes no empty one.
+	record, err := volume.Extra{Source: l.given.lower, Config: "{}", SnapshotDir: s.path(l.id, guestDir), FSVersion: volume.FSVersion}.Option()
+	if err != nil {
+		return nil, err
+	}
+	options := append(s.writable(l.id), "lowerdir="+s.path(l.id, lowerLink))
+	options = append(options, s.overlay...)
+	return []mount.Mount{{Type: volume.NydusType, Source: "overlay", Options: append(options, record)}}, nil
 }
 
 // writable are the overlay options of a snapshot's upper directory.

@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"encoding/base64"
 	"fmt"
 	"os"
 	"os/exec"
@@ -30,6 +31,10 @@ const ref = "docker.io/library/app:1"
 //     (mountWithHelper).
 //   - block: runtime-rs rootfs/erofs_rootfs.rs:941 (is_erofs_multi_layer) and
 //     :455 (new); containerd core/mount/manager for templates and mkdir.
+//   - nydus: Go create.go:363, fs_share_linux.go:496 (shareRootFilesystemWithNydus),
+//     nydusd.go:489 (parseExtraOption), runtime-rs rootfs/nydus_rootfs.rs:197
+//     (create_standalone_rootfs), kata-types mount.rs:161 (NydusExtraOptions);
+//     containerd as for guest.
 //   - share, full: Go create.go:375 (doMount), runtime-rs
 //     rootfs/share_fs_rootfs.rs:26; containerd core/mount/mount_linux.go:100.
 var lists = []struct {
@@ -103,6 +108,18 @@ format/mkdir/overlay overlay
 	ro
 	rbind
 `},
+	{Nydus, nil,
+		`fuse.nydus-overlayfs overlay
+	workdir=$ROOT/snapshots/3/work
+	upperdir=$ROOT/snapshots/3/fs
+	lowerdir=$ROOT/snapshots/3/lower
+	index=off
+	extraoption={"source":"$IMAGES/merged/$MANIFEST-2","config":"{}","snapshotdir":"$ROOT/snapshots/3/guest","fs_version":"v6"}
+`,
+		`bind $IMAGES/merged/$MANIFEST-2
+	ro
+	rbind
+`},
 	{Full, nil,
 		`overlay overlay
 	workdir=$ROOT/snapshots/3/work
@@ -128,7 +145,7 @@ func TestMountLists(t *testing.T) {
 			p := g.pull(t, "k8s.io", ref, g.images.publish(t, "", tree{"a": "1"}, tree{"b": "2"}))
 			show := func(mounts []mount.Mount) string {
 				record := must(volume.NewGuestPull(ref).Option())(t)
-				return strings.NewReplacer(record, "$VOLUME", p.manifest.Encoded(), "$MANIFEST").Replace(g.text(mounts))
+				return strings.NewReplacer(record, "$VOLUME", p.manifest.Encoded(), "$MANIFEST").Replace(g.text(plain(t, mounts)))
 			}
 			active := must(g.Prepare(t.Context(), "k8s.io/7/c1", p.top()))(t)
 			if got := show(active); got != l.active {
@@ -147,6 +164,19 @@ func TestMountLists(t *testing.T) {
 			}
 		})
 	}
+}
+
+// plain shows a record for Kata's virtio-fs-nydus as the text that it is.
+func plain(t *testing.T, mounts []mount.Mount) []mount.Mount {
+	t.Helper()
+	for _, m := range mounts {
+		for i, o := range m.Options {
+			if encoded, ok := strings.CutPrefix(o, "extraoption="); ok {
+				m.Options[i] = "extraoption=" + string(must(base64.StdEncoding.DecodeString(encoded))(t))
+			}
+		}
+	}
+	return mounts
 }
 
 // A container without an image gets an empty directory in every mode.

@@ -98,11 +98,14 @@ func (s *Snapshotter) diskUsage(ctx context.Context, id string) (snapshots.Usage
 	if err != nil {
 		return snapshots.Usage{}, err
 	}
-	image, err := contfs.DiskUsage(ctx, s.path(id, upperFile))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return snapshots.Usage{}, err
+	for _, name := range []string{upperFile, guestDir} {
+		more, err := contfs.DiskUsage(ctx, s.path(id, name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return snapshots.Usage{}, err
+		}
+		usage.Size, usage.Inodes = usage.Size+more.Size, usage.Inodes+more.Inodes
 	}
-	return snapshots.Usage{Size: usage.Size + image.Size, Inodes: usage.Inodes + image.Inodes}, nil
+	return snapshots.Usage(usage), nil
 }
 
 // Walk calls fn for each snapshot that one of the filters matches.

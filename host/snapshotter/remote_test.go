@@ -79,7 +79,7 @@ func (g *rig) checkEmpty(t *testing.T) {
 // What cannot be served lazily is unpacked, and the reason is kept.
 func TestFallback(t *testing.T) {
 	needRoot(t)
-	for _, mode := range []Mode{Guest, Block, Share} {
+	for _, mode := range []Mode{Guest, Block, Share, Nydus} {
 		g := newRig(t, mode)
 		p := g.pull(t, "k8s.io", ref, g.images.publish(t, "layer 0 is encrypted", tree{"a": "1"}, tree{"b": "2"}))
 		if p.full != 2 {
@@ -205,7 +205,7 @@ func TestRemoteOnFull(t *testing.T) {
 // unpacked over the first's, which the node mounts.
 func TestFullOnRemote(t *testing.T) {
 	needRoot(t)
-	for _, mode := range []Mode{Guest, Share} {
+	for _, mode := range []Mode{Guest, Share, Nydus} {
 		g := newRig(t, mode)
 		base := tree{"base": "b"}
 		first := g.pull(t, "k8s.io", "a:1", g.images.publish(t, "", base, tree{"first": "f"}))

@@ -189,7 +189,7 @@ func (c *containerd) canServe(mode string, k *kata) []Finding {
 	if k != nil {
 		return append(out, k.canServe(mode)...)
 	}
-	if mode == modeGuest || mode == modeBlock {
+	if mode == modeGuest || mode == modeBlock || mode == modeNydus {
 		out = append(out, Finding{Severity: Error, What: fmt.Sprintf("mode %s needs Kata Containers; this runtime mounts on the node and can use share", mode)})
 	}
 	return out

@@ -23,10 +23,11 @@ const (
 	modeGuest = "guest"
 	modeBlock = "block"
 	modeShare = "share"
+	modeNydus = "nydus"
 	modeFull  = "full"
 )
 
-var modes = []string{modeGuest, modeBlock, modeShare, modeFull}
+var modes = []string{modeGuest, modeBlock, modeShare, modeNydus, modeFull}
 
 // host is tatami-host's settings.
 type host struct {

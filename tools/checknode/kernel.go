@@ -10,11 +10,13 @@ import (
 
 // Programs and devices of the node.
 const (
-	helper      = "/opt/tatami/bin/nydus-overlayfs-tatami"
-	mountFuse   = "mount.fuse"
-	fuseDevice  = "/dev/fuse"
-	loopDevice  = "/dev/loop-control"
-	vsockDevice = "/dev/vhost-vsock"
+	helper    = "/opt/tatami/bin/nydus-overlayfs-tatami"
+	mountFuse = "mount.fuse"
+	// nydusOverlayfs is what mount.fuse runs for the type of mode nydus.
+	nydusOverlayfs = "nydus-overlayfs"
+	fuseDevice     = "/dev/fuse"
+	loopDevice     = "/dev/loop-control"
+	vsockDevice    = "/dev/vhost-vsock"
 )
 
 // searchPath is where containerd finds programs as a service of systemd.
@@ -36,7 +38,10 @@ func (n *node) kernel(h *host, handlers []Handler) (string, []Finding) {
 	}
 	var out []Finding
 	if slices.Contains(used, modeGuest) {
-		out = n.mountHelper(h.helper)
+		out = n.mountHelper(modeGuest, h.helper, "install -D -t "+path.Dir(h.helper)+" nydus-overlayfs-tatami")
+	}
+	if slices.Contains(used, modeNydus) {
+		out = append(out, n.mountHelper(modeNydus, n.inPath(nydusOverlayfs), "ln -s "+helper+" /usr/local/bin/"+nydusOverlayfs)...)
 	}
 	release, err := n.files.read("/proc/sys/kernel/osrelease", maxFile)
 	if err != nil {
@@ -51,18 +56,29 @@ func (n *node) kernel(h *host, handlers []Handler) (string, []Finding) {
 }
 
 // mountHelper: containerd runs mount.fuse, and that the helper, for mounts of
-// type fuse.PATH (core/mount/mount_linux.go), to look up a container's user.
-func (n *node) mountHelper(helper string) []Finding {
+// type fuse.HELPER (core/mount/mount_linux.go), to look up a container's user. add
+// is how to get it.
+func (n *node) mountHelper(mode, helper, add string) []Finding {
 	var out []Finding
 	if st, err := n.files.stat(helper); err != nil || st.Mode()&0o111 == 0 {
-		out = append(out, Finding{Severity: Error, What: helper + " is not there or cannot be run: containers of mode guest do not start",
-			Add: []string{"install -D -t " + path.Dir(helper) + " nydus-overlayfs-tatami"}})
+		out = append(out, Finding{Severity: Error, What: fmt.Sprintf("%s is not there or cannot be run: containers of mode %s do not start", helper, mode),
+			Add: []string{add}})
 	}
-	if !slices.ContainsFunc(searchPath, func(dir string) bool { return n.files.exists(path.Join(dir, mountFuse)) }) {
-		out = append(out, Finding{Severity: Error, What: mountFuse + " is not there: containers of mode guest do not start",
+	if !n.files.exists(n.inPath(mountFuse)) {
+		out = append(out, Finding{Severity: Error, What: fmt.Sprintf("%s is not there: containers of mode %s do not start", mountFuse, mode),
 			Add: []string{"apt-get install fuse3"}})
 	}
 	return out
+}
+
+// inPath is where containerd finds a program; its name when that is nowhere.
+func (n *node) inPath(name string) string {
+	for _, dir := range searchPath {
+		if file := path.Join(dir, name); n.files.exists(file) {
+			return file
+		}
+	}
+	return name
 }
 
 // filesystems looks for what mounting an image on the node takes, which every

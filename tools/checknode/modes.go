@@ -3,6 +3,7 @@ package checknode
 import (
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 )
 
@@ -27,6 +28,8 @@ func (k *kata) canServe(mode string) []Finding {
 		out = append(out, k.guest()...)
 	case modeBlock:
 		out = append(out, k.block()...)
+	case modeNydus:
+		out = append(out, k.nydus()...)
 	default:
 		return append(out, k.share(mode)...)
 	}
@@ -142,10 +145,42 @@ func (k *kata) share(mode string) []Finding {
 			value = `"inline-virtio-fs"`
 		}
 		return []Finding{k.wrong(Error, k.hv("shared_fs"), value, fmt.Sprintf(`mode %s needs a shared file system; shared_fs is "none"`, mode))}
-	case k.sharedFS() == "virtio-fs":
+	case k.sharedFS() == "virtio-fs", k.sharedFS() == nydusFS:
 		return k.has(k.hv("virtio_fs_daemon"))
 	}
 	return nil
+}
+
+// What mode nydus needs in the configuration: the two runtimes start the daemon in
+// src/runtime/virtcontainers/nydusd.go and
+// src/runtime-rs/crates/resource/src/share_fs/nydus/nydus_daemon.rs.
+const (
+	nydusFS     = "virtio-fs-nydus"
+	daemonFile  = "/opt/tatami/bin/tatami-virtiofsd"
+	passthrough = "--passthrough"
+)
+
+// nydus: our daemon shows the image and Kata's shared directory.
+func (k *kata) nydus() []Finding {
+	if k.vmm != qemu && k.vmm != clh { // errNydusdNotSupport in nydusd.go
+		return []Finding{{Severity: Error, What: fmt.Sprintf("mode nydus needs QEMU; Kata starts no daemon of its own for %s", k.vmm)}}
+	}
+	var out []Finding
+	if k.vmm == clh {
+		out = append(out, Finding{Severity: Warning, What: "mode nydus has not been tried with clh"})
+	}
+	if fs := k.sharedFS(); fs != nydusFS {
+		out = append(out, k.wrong(Error, k.hv("shared_fs"), fmt.Sprintf("%q", nydusFS), fmt.Sprintf("mode nydus needs shared_fs = %q; it is %q", nydusFS, fs)))
+	}
+	daemon := k.hv("virtio_fs_daemon")
+	if file := k.set.text(daemon...); !strings.HasPrefix(path.Base(file), "tatami-virtiofsd") {
+		return append(out, k.wrong(Error, daemon, fmt.Sprintf("%q", daemonFile), fmt.Sprintf("virtio_fs_daemon is %s, which cannot show Tatami's images", file)))
+	}
+	args := k.hv("virtio_fs_extra_args")
+	if given := texts(k.set.value(args...)); !slices.Contains(given, passthrough) {
+		out = append(out, k.wrong(Error, args, fmt.Sprintf("[%q]", passthrough), "virtio_fs_extra_args has no "+passthrough+": tatami-virtiofsd does not share Kata's directory, and no VM starts"))
+	}
+	return append(out, k.has(daemon)...)
 }
 
 // timeout warns of a short one. The key's table and default differ

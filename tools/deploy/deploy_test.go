@@ -165,6 +165,7 @@ func hostSettings(t *testing.T) (sockets map[string]string, cfg table) {
 // dropIns says for which of Kata's base files, and shims, a drop-in is.
 var dropIns = map[string]string{
 	"qemu-runtime-rs-guest.toml": "qemu-runtime-rs", "qemu-runtime-rs-block.toml": "qemu-runtime-rs", "qemu-guest.toml": "qemu",
+	"qemu-runtime-rs-nydus.toml": "qemu-runtime-rs", "qemu-nydus.toml": "qemu",
 	"clh-guest.toml": "clh-runtime-rs", "dragonball-guest.toml": "dragonball", "firecracker-guest.toml": "rs-fc",
 }
 
