@@ -18,6 +18,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/tatami-containers/tatami/protocols/sharedimages"
 )
 
 // Version is the only version of the file format.
@@ -25,6 +27,9 @@ const Version = 1
 
 // DefaultFile is read when no other file is named; it may be missing.
 const DefaultFile = "/etc/tatami/guest.toml"
+
+// InitShare is where init mounts the node's image files.
+const InitShare = "/run/tatami/virtiofs"
 
 // cmdlinePrefix marks our words on the kernel command line.
 const cmdlinePrefix = "tatami."
@@ -50,6 +55,8 @@ type Config struct {
 	RegistryAddr string   `toml:"registry_address"` // dialled in place of every registry's own address; "" is off
 	PlainHTTP    []string `toml:"plain_http"`       // registry hosts without TLS
 	Trust        string   `toml:"trust"`            // the least that an index must be bound by: "host" or "image"
+	VirtioFS     string   `toml:"virtiofs"`         // "auto" looks for the node's image files in VirtioFSDirs; "off"
+	VirtioFSDirs []string `toml:"virtiofs_dirs"`    // the first that has an image counts
 
 	StateDir    string `toml:"state_dir"`    // mount table, sockets and work directories
 	StoreDir    string `toml:"store_dir"`    // where fetched bytes are kept; "" keeps nothing
@@ -82,11 +89,20 @@ func Default() Config {
 		RelayAddress: "vsock:2:2111",
 		Registry:     true,
 		Trust:        "host",
-		StateDir:     "/run/tatami",
-		StoreMemory:  16 << 20,
-		MountPath:    "auto",
-		Hostname:     "tatami",
-		LogLevel:     "info",
+		VirtioFS:     "auto",
+		VirtioFSDirs: []string{
+			// Where kata-agent mounts the file system of the sandbox, from virtiofsd
+			// and from nydusd (kata-containers: src/runtime/virtcontainers/
+			// kata_agent.go, kataGuestSharedDir and kataGuestNydusRootDir).
+			"/run/kata-containers/shared/containers/" + sharedimages.Dir,
+			"/run/kata-containers/shared/" + sharedimages.Dir,
+			InitShare,
+		},
+		StateDir:    "/run/tatami",
+		StoreMemory: 16 << 20,
+		MountPath:   "auto",
+		Hostname:    "tatami",
+		LogLevel:    "info",
 	}
 }
 
@@ -110,6 +126,8 @@ func (c *Config) settings() []setting {
 		{"registry_address", "dialled in place of every registry's address", (*text)(&c.RegistryAddr)},
 		{"plain_http", "registry hosts without TLS, separated by commas", &list{at: &c.PlainHTTP}},
 		{"trust", "least binding of an index: host or image", (*text)(&c.Trust)},
+		{"virtiofs", "take images from the node's files over virtio-fs: auto or off", (*text)(&c.VirtioFS)},
+		{"virtiofs_dirs", "directories with those files, separated by commas", &list{at: &c.VirtioFSDirs}},
 		{"state_dir", "directory of the mount table and the sockets", (*text)(&c.StateDir)},
 		{"store_dir", "directory where fetched bytes are kept; empty keeps nothing", (*text)(&c.StoreDir)},
 		{"store_memory", "bound of fetched bytes that wait for a reader", (*size)(&c.StoreMemory)},

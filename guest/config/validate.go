@@ -13,6 +13,10 @@ import (
 // minStoreMemory is room for two windows of readers at once.
 const minStoreMemory = 2 << 20
 
+// maxVirtioFSDir leaves room for an image's name in the 255 bytes of a path that
+// fsconfig(2) takes.
+const maxVirtioFSDir = 160
+
 func (c *Config) validate() error {
 	for _, check := range []func() error{c.checkAddresses, c.checkPaths, c.checkChoices, c.Net.check} {
 		if err := check(); err != nil {
@@ -61,6 +65,11 @@ func (c *Config) checkPaths() error {
 	if c.StateDir == "" {
 		return fmt.Errorf("state_dir is empty: name a directory that lives as long as the machine, such as /run/tatami")
 	}
+	for _, dir := range c.VirtioFSDirs {
+		if !filepath.IsAbs(dir) || len(dir) > maxVirtioFSDir {
+			return fmt.Errorf("virtiofs_dirs has %q: it must be an absolute path of at most %d bytes", dir, maxVirtioFSDir)
+		}
+	}
 	return c.checkForward()
 }
 
@@ -82,6 +91,7 @@ func (c *Config) checkChoices() error {
 	}{
 		{"mount_path", c.MountPath, []string{"auto", "file", "loop"}},
 		{"trust", c.Trust, []string{"host", "image"}},
+		{"virtiofs", c.VirtioFS, []string{"auto", "off"}},
 	}
 	for _, ch := range choices {
 		if !slices.Contains(ch.of, ch.value) {

@@ -87,10 +87,19 @@ func runInit(stderr io.Writer) error {
 	return vminit.Run(vminit.Config{
 		Hostname: cfg.Hostname,
 		Net:      vminit.Net(cfg.Net),
+		Share:    share(cfg),
 		// There is no kata-agent here; what an agent does, Runner does.
 		Command: append([]string{self, "--runner", "true", "--cdh-socket", ""}, initListen(cfg)...),
 		Log:     logger(cfg, stderr, "init"),
 	})
+}
+
+// share is where init mounts the node's image files; "" where nobody wants them.
+func share(cfg *config.Config) string {
+	if cfg.VirtioFS == "off" {
+		return ""
+	}
+	return config.InitShare
 }
 
 // initListen makes tatami-guest listen to the node, which has nothing else to

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,11 +20,13 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/protocols/imageservice/cdh"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
+	"github.com/tatami-containers/tatami/protocols/sharedimages"
 	"github.com/tatami-containers/tatami/protocols/vsock"
 	"github.com/tatami-containers/tatami/protocols/wireerr"
 	"github.com/tatami-containers/tatami/rootfs/bootstrap"
@@ -51,6 +54,7 @@ type node struct {
 
 	mu         sync.Mutex
 	containers map[string]*api.DescribeResponse
+	files      map[digest.Digest][]byte // one-file images by their manifest
 }
 
 func newNode(t *testing.T) *node {
@@ -76,7 +80,7 @@ func listenOn(t *testing.T, addr string) net.Listener {
 // newNodeOn serves on listeners that it closes.
 func newNodeOn(t *testing.T, relay, host net.Listener) *node {
 	t.Helper()
-	n := &node{t: t, reg: registrytest.Start(t, registrytest.Options{Listener: relay}), containers: make(map[string]*api.DescribeResponse)}
+	n := &node{t: t, reg: registrytest.Start(t, registrytest.Options{Listener: relay}), containers: make(map[string]*api.DescribeResponse), files: make(map[digest.Digest][]byte)}
 	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(wireerr.Server))
 	if err != nil {
 		t.Fatal(err)
@@ -137,10 +141,26 @@ func (n *node) pushIndexOf(repo string, subject ocispec.Descriptor, img registry
 	if err != nil {
 		n.t.Fatal(err)
 	}
+	file := slices.Clone(idx.Bootstrap)
+	for _, s := range idx.Segments {
+		file = append(file, segments[s.ID]...)
+	}
+	n.files[img.Desc.Digest] = file
 	n.reg.PushReferrer(repo, subject, index.ArtifactType, n.reg.PushBlob(repo, index.ImageType, b))
 	for id, data := range segments {
 		n.reg.PushSegment(repo, id, data)
 	}
+}
+
+// show puts the one-file image where the guest finds such files, as virtio-fs
+// would.
+func (n *node) show(dir string, img registrytest.Pushed) (path string) {
+	n.t.Helper()
+	path = filepath.Join(dir, sharedimages.Name(img.Desc.Digest))
+	if err := os.WriteFile(path, n.files[img.Desc.Digest], 0o600); err != nil {
+		n.t.Fatal(err)
+	}
+	return path
 }
 
 // sampleFiles is how many files the sample image has, of sampleSize bytes.

@@ -1,15 +1,20 @@
 package daemon
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
@@ -94,6 +99,72 @@ exit 4`
 	if testing.Verbose() {
 		t.Log(m.Console())
 	}
+}
+
+// TestTheNodesFileInAVirtualMachine boots a machine whose init mounts the image
+// files of a tatami-virtiofsd, and mounts an image from there.
+func TestTheNodesFileInAVirtualMachine(t *testing.T) {
+	vmtest.Need(t)
+	dir := t.TempDir()
+	socket := serveFiles(t, dir)
+	m := vmtest.Boot(t, vmtest.Options{MemoryMiB: 256, Args: []string{"-chardev", "socket,id=images,path=" + socket,
+		"-device", "vhost-user-fs-pci,chardev=images,tag=tatami"}})
+	n := newNodeOn(t, listenOn(t, m.HostAddress(vsock.RelayPort)), listenOn(t, m.HostAddress(vsock.HostPort)))
+	img := n.pushBox("box")
+	n.add("c1", "example.com/box:v1", img, "host")
+	n.show(dir, img)
+	resp, err := m.Guest.Mount(t.Context(), &api.MountRequest{Id: "c1", Target: "/run/c1/rootfs"})
+	if err != nil || resp.Source != "virtio-fs" {
+		t.Fatalf("%v, %v\n%s", resp, err, m.Console())
+	}
+	t.Logf("mounted as %q, phases %v", resp.Path, resp.Phases)
+	if r := n.reg.Requests("/segments/"); len(r) > 0 {
+		t.Errorf("asked the relay for %v", r)
+	}
+	if _, err := m.Guest.Unmount(t.Context(), &api.UnmountRequest{Id: "c1"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := m.Runner.PowerOff(t.Context(), &api.PowerOffRequest{}); err != nil {
+		t.Error(err)
+	}
+	<-m.Done()
+	if err := m.Err(); err != nil {
+		t.Error(err)
+	}
+}
+
+// serveFiles runs tatami-virtiofsd for the files of a directory and returns its
+// socket.
+func serveFiles(t *testing.T, dir string) (socket string) {
+	t.Helper()
+	base, err := os.MkdirTemp("", "fs-") //nolint:usetesting // a socket is below it: the path must be short
+	must(t, err)
+	t.Cleanup(func() { must(t, os.RemoveAll(base)) })
+	socket, bin := filepath.Join(base, "vmm"), filepath.Join(base, "tatami-virtiofsd")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "github.com/tatami-containers/tatami/virtiofs/cmd/tatami-virtiofsd")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build tatami-virtiofsd: %v: %s", err, out)
+	}
+	cmd := exec.CommandContext(context.Background(), bin, "--shared-dir", dir, "--socket-path", socket)
+	var log logBuffer
+	cmd.Stderr = &log
+	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	must(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill() // it ends with its VMM
+		_ = cmd.Wait()
+		if t.Failed() {
+			t.Logf("tatami-virtiofsd: %s", log.String())
+		}
+	})
+	for n := 0; !strings.Contains(log.String(), "Waiting for"); n++ {
+		if n > 1000 {
+			t.Fatalf("tatami-virtiofsd does not listen: %s", log.String())
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return socket
 }
 
 // redial connects to the worker that answers now.

@@ -110,6 +110,9 @@ func (w *worker) imagesConfig() images.Config {
 		Trust: images.Trust(w.cfg.Trust), PreferRegistry: w.cfg.RegistryAddr != "",
 		LayersDir: filepath.Join(w.cfg.StateDir, "layers"), Log: w.log,
 	}
+	if w.cfg.VirtioFS != "off" {
+		c.Shared = w.cfg.VirtioFSDirs
+	}
 	if w.cfg.HostAddress != "" {
 		c.Host = hostClient{w.cfg.HostAddress}
 	}

@@ -5,7 +5,8 @@
 //
 // What the node says about content is believed only as far as trust goes:
 //
-//	host   the index that the node built for the pinned manifest
+//	host   the index that the node built for the pinned manifest, or the image
+//	       file that it shows for it over virtio-fs
 //	image  only what the manifest itself binds: the table of contents of an
 //	       eStargz layer; the guest makes the index from it
 //

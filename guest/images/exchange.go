@@ -24,12 +24,14 @@ import (
 const maxReferrers = 4
 
 // fromNode reads manifest, configuration and index over the relay; the index
-// does not wait for the manifest.
+// does not wait for the manifest, and is not read when the node shows the image
+// itself.
 func (r *Resolver) fromNode(ctx context.Context, p pin, whole bool, phases *timing.Phases) (*Image, error) {
 	defer phases.Begin("exchange")()
 	repo := r.cfg.Relay.Mirror(relayHost, p.name)
 	var img *Image
 	var idx *index.Image
+	var file string
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
 		img, err = readImage(gctx, repo, p)
@@ -37,22 +39,56 @@ func (r *Resolver) fromNode(ctx context.Context, p pin, whole bool, phases *timi
 	})
 	lazy := !whole && p.trust == TrustHost
 	var reason error
-	if lazy {
-		g.Go(func() error {
+	g.Go(func() error {
+		if lazy || !whole && r.verifiesShared() {
+			file = r.sharedFile(gctx, p, phases)
+		}
+		if lazy && file == "" {
 			defer phases.Begin("index")()
 			// Without one the image can still be unpacked.
 			idx, reason = readIndex(gctx, repo, p.manifest)
-			return nil
-		})
-	}
+		}
+		return nil
+	})
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	img.Index, img.Reason = idx, reason
-	if !whole && !lazy {
+	img.Index, img.Reason, img.Source = idx, reason, SourceRelay
+	if file != "" {
+		img.Source = SourceVirtioFS
+	}
+	switch {
+	case lazy:
+		img.Local = file
+	case !whole:
 		img.Index, img.Reason = r.indexFromImage(ctx, img, phases)
 	}
 	return img, ctx.Err()
+}
+
+// sharedFile looks for the node's image file; "" if it cannot be had.
+func (r *Resolver) sharedFile(ctx context.Context, p pin, phases *timing.Phases) string {
+	if len(r.cfg.Shared) == 0 {
+		return ""
+	}
+	defer phases.Begin(SourceVirtioFS)()
+	file, err := r.shared.find(ctx, p.manifest)
+	switch {
+	case err == nil:
+		return file
+	case errors.Is(err, errNoShare):
+		r.cfg.Log.Debug("image comes over the relay", "reference", p.name.String(), "error", err)
+	default:
+		r.cfg.Log.Warn("image comes over the relay", "reference", p.name.String(), "error", err)
+	}
+	return ""
+}
+
+// ReadIndex reads the index of an image whose file turned out to be no use.
+func (r *Resolver) ReadIndex(ctx context.Context, img *Image, phases *timing.Phases) {
+	defer phases.Begin("index")()
+	img.Local, img.Source = "", SourceRelay
+	img.Index, img.Reason = readIndex(ctx, img.blobs, img.Manifest)
 }
 
 // fromRegistry resolves a reference without the node.
@@ -67,8 +103,12 @@ func (r *Resolver) fromRegistry(ctx context.Context, ref string, whole bool, pha
 	end := phases.Begin("resolve")
 	img, err := readImage(ctx, r.cfg.Registry.Repository(name), pin{name: name})
 	end()
-	if err != nil || whole {
-		return img, err
+	if err != nil {
+		return nil, err
+	}
+	img.Source = SourceRegistry
+	if whole {
+		return img, nil
 	}
 	img.Index, img.Reason = r.indexFromImage(ctx, img, phases)
 	return img, ctx.Err()

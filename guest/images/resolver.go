@@ -53,7 +53,9 @@ type Config struct {
 	PreferRegistry bool
 	Trust          Trust  // the guest's own demand; "" is TrustHost
 	LayersDir      string // where indexes of layers are kept for the next process
-	Log            *slog.Logger
+	// Shared lists directories in which the node may show its image files.
+	Shared []string
+	Log    *slog.Logger
 }
 
 // Resolver turns containers and references into images. Its methods may be
@@ -61,6 +63,7 @@ type Config struct {
 type Resolver struct {
 	cfg    Config
 	layers layerCache
+	shared *shared
 }
 
 // New makes a resolver.
@@ -71,8 +74,15 @@ func New(cfg Config) *Resolver {
 	if cfg.Trust == "" {
 		cfg.Trust = TrustHost
 	}
-	return &Resolver{cfg: cfg, layers: layerCache{dir: cfg.LayersDir}}
+	return &Resolver{cfg: cfg, layers: layerCache{dir: cfg.LayersDir}, shared: &shared{dirs: cfg.Shared}}
 }
+
+// Sources of an image's bytes, as Image.Source, Stats and logs call them.
+const (
+	SourceVirtioFS = "virtio-fs"
+	SourceRelay    = "relay"
+	SourceRegistry = "registry"
+)
 
 // Image is what a container shall run.
 type Image struct {
@@ -81,7 +91,12 @@ type Image struct {
 	Config    []byte // OCI JSON
 	Layers    []ocispec.Descriptor
 	DiffIDs   []digest.Digest // of Layers
+	Source    string          // where the bytes come from, as long as that works
 
+	// Local is the path of the node's image file, which can be mounted as it is;
+	// there is no Index then: see ReadIndex. "" when there is none, or when the
+	// bytes are to be verified here.
+	Local string
 	// Index is nil when the image cannot be mounted lazily; Reason says why.
 	Index  *index.Image
 	Reason error
@@ -188,15 +203,18 @@ func (r *Resolver) pinned(resp *api.DescribeResponse) (pin, error) {
 	return p, nil
 }
 
-// Sources returns where the segments of an image come from, in the order in
-// which they are asked. It reads nothing, so that a new process can serve what
-// an earlier one mounted.
-func (r *Resolver) Sources(ref string) ([]store.Source, error) {
+// Sources returns where the segments of an image of size bytes come from, in the
+// order in which they are asked. It reads nothing, so that a new process can
+// serve what an earlier one mounted.
+func (r *Resolver) Sources(ref string, manifest digest.Digest, size int64) ([]store.Source, error) {
 	name, err := image.ParseReference(ref)
 	if err != nil {
 		return nil, err
 	}
 	var all []store.Source
+	if r.verifiesShared() {
+		all = append(all, &sharedSource{files: r.shared, manifest: manifest, size: size, trust: r.cfg.Trust})
+	}
 	if r.cfg.Relay != nil {
 		all = append(all, relaySource{r.cfg.Relay.Mirror(relayHost, name), r.cfg.Trust})
 	}
@@ -208,6 +226,11 @@ func (r *Resolver) Sources(ref string) ([]store.Source, error) {
 	}
 	return all, nil
 }
+
+// verifiesShared says whether the node's image files are a source like the others.
+// Where the node's word counts they are mounted themselves, and if they cannot
+// be, reading them is no better.
+func (r *Resolver) verifiesShared() bool { return len(r.cfg.Shared) > 0 && r.cfg.Trust == TrustImage }
 
 // Blobs is where the image's whole layers come from.
 func (i *Image) Blobs() *registry.Repository { return i.blobs }

@@ -21,7 +21,7 @@ type relaySource struct {
 // to take its word for what the index cannot check.
 func (s relaySource) Vouches(*index.Segment) bool { return s.trust == TrustHost }
 
-func (relaySource) Name() string { return "relay" }
+func (relaySource) Name() string { return SourceRelay }
 
 func (s relaySource) Fetch(ctx context.Context, seg *index.Segment, off, n int64) (io.ReadCloser, error) {
 	return s.repo.SegmentRange(ctx, seg.ID, off, n)
@@ -34,7 +34,7 @@ type registrySource struct {
 	layers *layerCache
 }
 
-func (*registrySource) Name() string { return "registry" }
+func (*registrySource) Name() string { return SourceRegistry }
 
 func (s *registrySource) Fetch(ctx context.Context, seg *index.Segment, off, n int64) (io.ReadCloser, error) {
 	l, err := s.layers.get(cacheKey{seg.Layer, seg.ID})

@@ -63,7 +63,7 @@ func (g *Guest) switchComplete(ctx context.Context, tried map[digest.Digest]time
 
 // switchImage reports whether the image was complete.
 func (g *Guest) switchImage(ctx context.Context, r mount.Record) (bool, error) {
-	img, err := g.open(ctx, r.Reference, r.Manifest)
+	img, err := g.open(ctx, r.Reference, r.Manifest, r.Size)
 	if err != nil {
 		return false, err
 	}

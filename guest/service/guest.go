@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -52,6 +53,8 @@ type Guest struct {
 
 	mu   sync.Mutex
 	held map[digest.Digest]int // manifests of calls under way; protected by mu
+
+	direct atomic.Int64 // mounts of the node's image files since the start
 
 	background sync.WaitGroup
 	ctx        context.Context // of background work; ends with Close
@@ -102,7 +105,7 @@ func (g *Guest) Mount(ctx context.Context, req *api.MountRequest) (*api.MountRes
 		return nil, fmt.Errorf("mount %s: %w", req.Id, err)
 	}
 	resp.Phases = phases.List()
-	g.cfg.Log.Info("mounted", "id", req.Id, "reference", ref, "manifest", resp.ManifestDigest, "path", resp.Path, "phases", phases)
+	g.cfg.Log.Info("mounted", "id", req.Id, "reference", ref, "manifest", resp.ManifestDigest, "path", resp.Path, "source", resp.Source, "phases", phases)
 	return resp, nil
 }
 
@@ -122,7 +125,7 @@ func (g *Guest) mounted(req *api.MountRequest) (*api.MountResponse, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mount %s again: %w", req.Id, err)
 	}
-	return &api.MountResponse{ManifestDigest: m.ManifestDigest, Config: config, Path: m.Path}, nil
+	return &api.MountResponse{ManifestDigest: m.ManifestDigest, Config: config, Path: m.Path, Source: m.Source}, nil
 }
 
 // resolved is a target without symbolic links, as far as it exists. Its last
@@ -145,48 +148,88 @@ func (g *Guest) mount(ctx context.Context, req *api.MountRequest, phases *timing
 		return nil, "", err
 	}
 	defer release()
-	var path string
-	if img.Index != nil {
-		path, err = g.mountLazy(ctx, req, img, phases)
-	} else {
-		path, err = g.mountUnpacked(ctx, req, img, phases)
-	}
+	made, err := g.mountImage(ctx, req, img, phases)
 	if err != nil {
 		return nil, "", err
 	}
-	return &api.MountResponse{ManifestDigest: img.Manifest.String(), Config: img.Config, Path: path}, img.Reference, nil
+	return &api.MountResponse{ManifestDigest: img.Manifest.String(), Config: img.Config, Path: made.path, Source: made.source}, img.Reference, nil
 }
 
-func (g *Guest) mountLazy(ctx context.Context, req *api.MountRequest, img *images.Image, phases *timing.Phases) (string, error) {
+// way is how an image is mounted and where its bytes come from.
+type way struct{ path, source string }
+
+// mountImage mounts the best way that works.
+func (g *Guest) mountImage(ctx context.Context, req *api.MountRequest, img *images.Image, phases *timing.Phases) (way, error) {
+	if img.Local != "" {
+		made, err := g.mountLocal(ctx, req, img, phases)
+		if err == nil || ctx.Err() != nil || errdefs.IsAlreadyExists(err) {
+			return made, err
+		}
+		g.cfg.Log.Warn("the node's image file cannot be mounted: the image comes over the relay",
+			"id", req.Id, "reference", img.Reference, "file", img.Local, "error", err)
+		g.cfg.Images.ReadIndex(ctx, img, phases)
+	}
+	if img.Index != nil {
+		return g.mountLazy(ctx, req, img, phases)
+	}
+	return g.mountUnpacked(ctx, req, img, phases)
+}
+
+// localTimeout bounds the mount of the node's image file, for which the node
+// needs nothing but what it has.
+const localTimeout = 15 * time.Second
+
+// mountLocal mounts the node's image file as it is.
+func (g *Guest) mountLocal(ctx context.Context, req *api.MountRequest, img *images.Image, phases *timing.Phases) (way, error) {
+	defer phases.Begin("mount")()
+	ctx, cancel := context.WithTimeoutCause(ctx, localTimeout,
+		fmt.Errorf("virtio-fs does not answer within %v: %w", localTimeout, errdefs.ErrUnavailable))
+	defer cancel()
+	spec := mountSpec(req, img)
+	spec.Local = img.Local
+	rec, err := g.cfg.Mounter.Mount(ctx, spec)
+	if err == nil && rec.Local != "" {
+		g.direct.Add(1)
+	}
+	return way{string(rec.Path), rec.Source}, err
+}
+
+func mountSpec(req *api.MountRequest, img *images.Image) mount.Spec {
+	return mount.Spec{
+		ID: req.Id, Reference: img.Reference, Manifest: img.Manifest, Source: img.Source,
+		Target: req.Target, Upper: req.Upper, ReadOnly: req.ReadOnly,
+	}
+}
+
+func (g *Guest) mountLazy(ctx context.Context, req *api.MountRequest, img *images.Image, phases *timing.Phases) (way, error) {
 	end := phases.Begin("open")
-	sources, err := g.cfg.Images.Sources(img.Reference)
+	sources, err := g.cfg.Images.Sources(img.Reference, img.Manifest, img.Index.Size())
 	if err != nil {
-		return "", err
+		return way{}, err
 	}
 	file, err := g.cfg.Store.OpenImage(ctx, img.Index, sources)
 	if err != nil {
-		return "", err
+		return way{}, err
 	}
 	end()
 	img.Index = nil // the store has what it needs; the bootstrap may be large
 	defer phases.Begin("mount")()
-	rec, err := g.cfg.Mounter.Mount(ctx, mount.Spec{
-		ID: req.Id, Reference: img.Reference, Manifest: img.Manifest, Image: file,
-		Target: req.Target, Upper: req.Upper, ReadOnly: req.ReadOnly,
-	})
-	return string(rec.Path), err
+	spec := mountSpec(req, img)
+	spec.Image = file
+	rec, err := g.cfg.Mounter.Mount(ctx, spec)
+	return way{string(rec.Path), rec.Source}, err
 }
 
-func (g *Guest) mountUnpacked(ctx context.Context, req *api.MountRequest, img *images.Image, phases *timing.Phases) (string, error) {
+func (g *Guest) mountUnpacked(ctx context.Context, req *api.MountRequest, img *images.Image, phases *timing.Phases) (way, error) {
 	if img.Reason != nil {
 		g.cfg.Log.Warn("no lazy mount: unpacking the whole image", "id", req.Id, "reference", img.Reference, "error", img.Reason)
 	}
 	defer phases.Begin("unpack")()
-	_, err := g.cfg.Unpacked.Mount(ctx, unpack.Spec{
-		ID: req.Id, Reference: img.Reference, Manifest: img.Manifest, Layers: img.Layers, DiffIDs: img.DiffIDs, Blobs: img.Blobs(),
+	rec, err := g.cfg.Unpacked.Mount(ctx, unpack.Spec{
+		ID: req.Id, Reference: img.Reference, Source: img.Source, Manifest: img.Manifest, Layers: img.Layers, DiffIDs: img.DiffIDs, Blobs: img.Blobs(),
 		Target: resolved(req.Target), Upper: req.Upper, ReadOnly: req.ReadOnly,
 	})
-	return pathUnpacked, err
+	return way{pathUnpacked, rec.Source}, err
 }
 
 // Unmount undoes Mount.
@@ -215,10 +258,10 @@ func (g *Guest) Prefetch(ctx context.Context, req *api.PrefetchRequest) (*api.Pr
 	if !ok {
 		return nil, fmt.Errorf("prefetch %s: no such mount: %w", req.Id, errdefs.ErrNotFound)
 	}
-	if m.Path == pathUnpacked {
+	if m.Path == pathUnpacked || g.isDirect(m) {
 		return &api.PrefetchResponse{}, nil
 	}
-	img, err := g.open(ctx, m.Reference, digest.Digest(m.ManifestDigest))
+	img, err := g.open(ctx, m.Reference, digest.Digest(m.ManifestDigest), m.ImageSize)
 	if err != nil {
 		return nil, fmt.Errorf("prefetch %s: %w", req.Id, err)
 	}
@@ -263,8 +306,8 @@ func clip(ranges []*api.Range, size int64) ([]*api.Range, error) {
 }
 
 // open returns a handle of an image that is mounted.
-func (g *Guest) open(ctx context.Context, ref string, manifest digest.Digest) (*store.Image, error) {
-	sources, err := g.cfg.Images.Sources(ref)
+func (g *Guest) open(ctx context.Context, ref string, manifest digest.Digest, size int64) (*store.Image, error) {
+	sources, err := g.cfg.Images.Sources(ref, manifest, size)
 	if err != nil {
 		return nil, err
 	}
@@ -274,7 +317,7 @@ func (g *Guest) open(ctx context.Context, ref string, manifest digest.Digest) (*
 // Reopen returns the image of a record that an earlier process mounted.
 func (g *Guest) Reopen(ctx context.Context) func(mount.Record) (mount.File, error) {
 	return func(r mount.Record) (mount.File, error) {
-		img, err := g.open(ctx, r.Reference, r.Manifest)
+		img, err := g.open(ctx, r.Reference, r.Manifest, r.Size)
 		if err != nil {
 			return nil, err
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/tatami-containers/tatami/guest/images"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/rootfs/image"
 	"github.com/tatami-containers/tatami/rootfs/mount"
@@ -34,15 +35,21 @@ func (g *Guest) all() []*api.Mount {
 	var all []*api.Mount
 	for _, r := range g.cfg.Mounter.List() {
 		if r.State == mount.Mounted {
-			all = append(all, &api.Mount{Id: r.ID, Reference: r.Reference, ManifestDigest: r.Manifest.String(), Target: r.Target, Path: string(r.Path)})
+			all = append(all, &api.Mount{Id: r.ID, Reference: r.Reference, ManifestDigest: r.Manifest.String(), Target: r.Target, Path: string(r.Path),
+				Source: r.Source, ImageSize: r.Size})
 		}
 	}
 	for _, r := range g.cfg.Unpacked.List() {
 		all = append(all, &api.Mount{Id: r.ID, Reference: r.Reference, ManifestDigest: r.Manifest.String(), Target: r.Target, Path: pathUnpacked,
-			ImageSize: r.Size, Present: r.Size, Complete: true})
+			Source: r.Source, ImageSize: r.Size, Present: r.Size, Complete: true})
 	}
 	slices.SortFunc(all, func(a, b *api.Mount) int { return strings.Compare(a.Id, b.Id) })
 	return all
+}
+
+// isDirect says whether the kernel reads the image of a mount by itself.
+func (g *Guest) isDirect(m *api.Mount) bool {
+	return slices.ContainsFunc(g.cfg.Mounter.List(), func(r mount.Record) bool { return r.ID == m.Id && r.Local != "" })
 }
 
 func sameImage(a, b string) bool {
@@ -58,10 +65,10 @@ func sameImage(a, b string) bool {
 func (g *Guest) List(ctx context.Context, _ *api.ListRequest) (*api.ListResponse, error) {
 	resp := &api.ListResponse{Mounts: g.all()}
 	for _, m := range resp.Mounts {
-		if m.Path == pathUnpacked {
+		if m.Path == pathUnpacked || g.isDirect(m) {
 			continue
 		}
-		img, err := g.open(ctx, m.Reference, digest.Digest(m.ManifestDigest))
+		img, err := g.open(ctx, m.Reference, digest.Digest(m.ManifestDigest), m.ImageSize)
 		if err != nil {
 			return nil, fmt.Errorf("list %s: %w", m.Id, err)
 		}
@@ -81,6 +88,7 @@ func (g *Guest) Stats(context.Context, *api.StatsRequest) (*api.StatsResponse, e
 	for _, src := range s.Sources {
 		resp.Sources = append(resp.Sources, sourceStats(src))
 	}
+	resp.Sources = addDirect(resp.Sources, g.direct.Load())
 	var err error
 	if resp.ResidentBytes, err = resident(); err != nil {
 		return nil, fmt.Errorf("read resident memory: %w", err)
@@ -90,6 +98,20 @@ func (g *Guest) Stats(context.Context, *api.StatsRequest) (*api.StatsResponse, e
 
 func sourceStats(s store.SourceStats) *api.SourceStats {
 	return &api.SourceStats{Name: s.Name, Requests: s.Requests, Bytes: s.Bytes, Errors: s.Errors}
+}
+
+// addDirect counts mounts of the node's image files: their bytes pass nobody who
+// could count them.
+func addDirect(all []*api.SourceStats, mounts int64) []*api.SourceStats {
+	if mounts == 0 {
+		return all
+	}
+	i := slices.IndexFunc(all, func(s *api.SourceStats) bool { return s.Name == images.SourceVirtioFS })
+	if i < 0 {
+		return append([]*api.SourceStats{{Name: images.SourceVirtioFS, Requests: mounts}}, all...)
+	}
+	all[i].Requests += mounts
+	return all
 }
 
 // resident is the second field of statm (proc(5)), in pages.

@@ -24,6 +24,9 @@ import (
 type Config struct {
 	Hostname string
 	Net      Net
+	// Share is where the virtio-fs with the tag "tatami" is mounted, if the machine
+	// has one; "" for nowhere.
+	Share string
 	// Command is the supervisor's argument list; Command[0] is a path.
 	Command []string
 	Log     *slog.Logger
@@ -124,6 +127,7 @@ func setUp(cfg Config) error {
 		{"root", leaveInitramfs},
 		{"mounts", mountAll},
 		{"modules", func() error { return loadModules(modulesDir, cfg.Log) }},
+		{"share", func() error { return mountShare(cfg.Share, virtioDevices, cfg.Log) }},
 		{"limits", setLimits},
 		{"network", func() error { return setUpNetwork(cfg) }},
 	}

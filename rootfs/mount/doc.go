@@ -19,6 +19,10 @@
 // a detached overlay open. So its image is served until the kernel closes the
 // file (RELEASE); until then the record is "draining".
 //
+// An image that is a local file, as on virtio-fs, can be mounted from there: the
+// lower is then on that file, the session has none of it, and this process is
+// needed for nothing but the table.
+//
 // System calls that may read an image run on threads of their own: see thread.
 //
 // Lock order: the lock of a mount's ID, the lock of an image, Mounter.mu. The

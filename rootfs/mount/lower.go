@@ -64,8 +64,13 @@ func (m *Mounter) mountLower(ctx context.Context, spec Spec) (*lower, error) {
 		m.closeFile(spec.Image)
 		return nil, err
 	}
+	img, err := spec.measure(ctx)
+	if err != nil {
+		return nil, err
+	}
 	for _, p := range paths {
-		lw, perr := m.tryPath(ctx, spec, p)
+		img.Path = p
+		lw, perr := m.tryPath(ctx, img, spec.Image)
 		if perr == nil {
 			return lw, nil
 		}
@@ -80,39 +85,50 @@ func (m *Mounter) mountLower(ctx context.Context, spec Spec) (*lower, error) {
 
 // tryPath mounts the lower one way, with a node of its own: the kernel may
 // close the file of a failed try after the next one has opened its own.
-func (m *Mounter) tryPath(ctx context.Context, spec Spec, p Path) (_ *lower, err error) {
-	node, err := m.newNode()
-	if err != nil {
+func (m *Mounter) tryPath(ctx context.Context, rec imageRecord, f File) (_ *lower, err error) {
+	if rec.Node, err = m.newNode(); err != nil {
 		return nil, err
 	}
-	lw := newLower(imageRecord{
-		Version: recordVersion, Node: node, Name: fileName(spec.Manifest, node),
-		Manifest: spec.Manifest, Reference: spec.Reference, Size: spec.Image.Size(), Path: p, State: Mounting,
-	}, spec.Image)
+	if f != nil {
+		rec.Name = fileName(rec.Manifest, rec.Node)
+	}
+	lw := newLower(rec, f)
 	var undo undoStack
 	defer func() {
 		if err != nil {
 			err = undo.run(ctx, err)
 		}
 	}()
-	undo.push(func(context.Context) error { return m.table.removeImage(node) })
+	undo.push(func(context.Context) error { return m.table.removeImage(rec.Node) })
 	if err := m.table.saveImage(&lw.rec); err != nil {
 		return nil, err
 	}
-	if err := m.server.Add(imagefs.Node{ID: node, Name: lw.rec.Name, File: spec.Image}); err != nil {
+	if err := m.serve(lw, &undo); err != nil {
 		return nil, err
 	}
-	undo.push(func(context.Context) error { m.server.Remove(node); return nil })
-	dir := m.table.lower(spec.Manifest)
+	dir := m.table.lower(rec.Manifest)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make mount point: %w", err)
 	}
 	undo.push(func(context.Context) error { return removeLowerDir(dir) })
-	if lw.rec.Loop, err = m.attach(ctx, node, p, lw.rec, dir); err != nil {
+	if lw.rec.Loop, err = m.attach(ctx, lw.rec, dir); err != nil {
 		return nil, err
 	}
-	m.server.Seal(node)
+	m.server.Seal(rec.Node)
 	return lw, m.adopt(lw)
+}
+
+// serve gives the session the file of a lower, if it has one.
+func (m *Mounter) serve(lw *lower, undo *undoStack) error {
+	if lw.rec.direct() {
+		close(lw.released) // it never was with the session
+		return nil
+	}
+	if err := m.server.Add(imagefs.Node{ID: lw.rec.Node, Name: lw.rec.Name, File: lw.file}); err != nil {
+		return err
+	}
+	undo.push(func(context.Context) error { m.server.Remove(lw.rec.Node); return nil })
+	return nil
 }
 
 // adopt makes a lower known as mounted, with one reference.
@@ -131,12 +147,15 @@ func (m *Mounter) adopt(lw *lower) error {
 
 // attach makes the mount. If ctx ends meanwhile the image's reads fail, so
 // that the system calls come back.
-func (m *Mounter) attach(ctx context.Context, node uint64, p Path, rec imageRecord, dir string) (device string, err error) {
-	stop := context.AfterFunc(ctx, func() { m.server.Abort(node) })
-	device, err = m.withReadAhead(ctx, p, func() (device string, err error) {
+func (m *Mounter) attach(ctx context.Context, rec imageRecord, dir string) (device string, err error) {
+	if rec.direct() {
+		return m.withReadAhead(ctx, rec.Path, func() (string, error) { return mountLocal(ctx, rec, dir) })
+	}
+	stop := context.AfterFunc(ctx, func() { m.server.Abort(rec.Node) })
+	device, err = m.withReadAhead(ctx, rec.Path, func() (device string, err error) {
 		err = thread.Isolated(func() (err error) {
 			var fd int
-			if device, fd, err = newLowerMount(ctx, p, m.filePath(rec.Name), rec.Size); err != nil {
+			if device, fd, err = newLowerMount(ctx, rec.Path, m.filePath(rec.Name), rec.Size); err != nil {
 				return err
 			}
 			return place(fd, dir)
@@ -159,7 +178,8 @@ func newLowerMount(ctx context.Context, p Path, path string, size int64) (device
 		fd, err = newErofs(path, true)
 		var refused *paramError
 		if errors.As(err, &refused) && refused.key == directio {
-			// Before Linux 6.15; the session's files bypass the cache anyway.
+			// Before Linux 6.15; the session's files bypass the cache anyway, and
+			// so do those of tatami-virtiofsd.
 			fd, err = newErofs(path, false)
 		}
 		return "", fd, err

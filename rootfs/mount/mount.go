@@ -14,7 +14,8 @@ import (
 // Mount mounts an image and returns when Target is a mount point. The same
 // call again returns the mount that is there. An ID or a Target that is taken
 // by something else is ErrAlreadyExists, naming both. A failed Mount leaves
-// nothing behind; when ctx ends it fails.
+// nothing behind; when ctx ends it fails, although a thread that waits for a
+// local file's filesystem stays until that answers.
 func (m *Mounter) Mount(ctx context.Context, spec Spec) (Record, error) {
 	taken := false
 	defer func() {
@@ -95,17 +96,27 @@ func (m *Mounter) mount(ctx context.Context, spec Spec, rec Record, taken *bool)
 		return Record{}, err
 	}
 	undo.push(func(ctx context.Context) error { return m.release(ctx, lw) })
-	rec.Path = lw.rec.Path
+	m.describe(&rec, lw)
 	undo.push(func(context.Context) error { return m.removeTop(&rec, true) })
-	if err := m.mountTop(lw, &rec); err != nil {
+	if err := m.mountTop(ctx, lw, &rec); err != nil {
 		return Record{}, fmt.Errorf("mount %s of %s at %s: %w", rec.ID, rec.Reference, rec.Target, err)
 	}
 	rec.State = Mounted
 	if err := m.put(rec); err != nil {
 		return Record{}, err
 	}
-	m.log.Info("image mounted", "id", rec.ID, "reference", rec.Reference, "target", rec.Target, "path", rec.Path)
+	m.log.Info("image mounted", "id", rec.ID, "reference", rec.Reference, "target", rec.Target, "path", rec.Path, "source", rec.Source)
 	return rec, nil
+}
+
+// describe copies to a mount's record what its lower is.
+func (m *Mounter) describe(rec *Record, lw *lower) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	rec.Path, rec.Source, rec.Size = lw.rec.Path, lw.rec.Source, lw.rec.Size
+	if lw.rec.direct() {
+		rec.Local = lw.rec.Local
+	}
 }
 
 // resolveTarget makes the target's name the one that the kernel will show, and

@@ -147,6 +147,8 @@ func TestInvalidSpecs(t *testing.T) {
 		"root":           func(s *Spec) { s.Target = "/tmp/.." },
 		"relative upper": func(s *Spec) { s.Upper = "x" },
 		"upper and ro":   func(s *Spec) { s.Upper, s.ReadOnly = "/tmp/x", true },
+		"image and file": func(s *Spec) { s.Local = "/tmp/x" },
+		"relative file":  func(s *Spec) { s.Image, s.Local = nil, "x" },
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := good

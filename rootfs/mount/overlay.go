@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -14,7 +15,7 @@ import (
 )
 
 // mountTop puts what the container sees at rec.Target and notes its identity.
-func (m *Mounter) mountTop(lw *lower, rec *Record) error {
+func (m *Mounter) mountTop(ctx context.Context, lw *lower, rec *Record) error {
 	if rec.MadeTarget {
 		if err := os.Mkdir(rec.Target, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 			return fmt.Errorf("make target: %w", err)
@@ -25,7 +26,7 @@ func (m *Mounter) mountTop(lw *lower, rec *Record) error {
 	if rec.ReadOnly {
 		err = thread.Isolated(func() error { return bind(dir, rec.Target) })
 	} else {
-		err = thread.Isolated(func() error { return m.mountOverlay(dir, rec) })
+		err = m.mountOverlay(ctx, dir, rec)
 	}
 	if err != nil {
 		return err
@@ -54,15 +55,34 @@ func bind(dir, target string) error {
 
 // mountOverlay mounts lower with an upper directory of its own. All three
 // paths lie in the state directory and need no escaping.
-// Precondition: the thread is isolated.
-func (m *Mounter) mountOverlay(lowerDir string, rec *Record) error {
+func (m *Mounter) mountOverlay(ctx context.Context, lowerDir string, rec *Record) error {
 	base := m.table.upper(rec.ID)
+	upper, work := filepath.Join(base, "upper"), filepath.Join(base, "work")
 	if err := prepareUpper(base, rec); err != nil {
 		return err
 	}
-	upper, work := filepath.Join(base, "upper"), filepath.Join(base, "work")
-	if err := makeUpper(upper, work, lowerDir); err != nil {
+	fresh, err := makeUpper(upper, work)
+	if err != nil {
 		return err
+	}
+	err = placed(ctx, rec.Target, func() (int, error) { return newOverlay(ctx, lowerDir, upper, work, fresh) })
+	if err != nil && fresh {
+		_ = os.Remove(upper) // else it would be taken for one with the attributes that it needs
+	}
+	return err
+}
+
+// newOverlay makes an overlay, mounted nowhere yet, which reads the image. The merged
+// root has the attributes of upper, so a fresh one gets those of the image's root.
+// Precondition: the thread is isolated.
+func newOverlay(ctx context.Context, lowerDir, upper, work string, fresh bool) (int, error) {
+	if fresh {
+		if err := copyAttributes(lowerDir, upper); err != nil {
+			return -1, fmt.Errorf("copy attributes of the image's root directory: %w", err)
+		}
+	}
+	if err := context.Cause(ctx); err != nil { // another mount may have the directories
+		return -1, err
 	}
 	fd, err := newMount("overlay", 0,
 		setting("source", "overlay"),
@@ -72,9 +92,9 @@ func (m *Mounter) mountOverlay(lowerDir string, rec *Record) error {
 		setting("index", "off"),
 	)
 	if err != nil {
-		return fmt.Errorf("mount overlay: %w", err)
+		return -1, fmt.Errorf("mount overlay: %w", err)
 	}
-	return place(fd, rec.Target)
+	return fd, nil
 }
 
 // prepareUpper makes base a directory that overlay can write to: a new tmpfs,
@@ -92,11 +112,13 @@ func prepareUpper(base string, rec *Record) error {
 	if err := os.Mkdir(base, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("make upper directory: %w", err)
 	}
-	fd, err := newMount("tmpfs", 0, setting("source", "tatami-upper"), setting("mode", "0755"))
-	if err != nil {
-		return fmt.Errorf("mount tmpfs for the upper directory: %w", err)
-	}
-	return place(fd, base)
+	return thread.Isolated(func() error {
+		fd, err := newMount("tmpfs", 0, setting("source", "tatami-upper"), setting("mode", "0755"))
+		if err != nil {
+			return fmt.Errorf("mount tmpfs for the upper directory: %w", err)
+		}
+		return place(fd, base)
+	})
 }
 
 // checkUpper refuses what the kernel would refuse with no more than EINVAL.
@@ -119,23 +141,20 @@ func checkUpper(dir string) error {
 	return nil
 }
 
-// makeUpper makes the two directories of an overlay. The merged root has the
-// attributes of upper, so a new upper gets those of the image's root.
-func makeUpper(upper, work, lowerDir string) error {
+// makeUpper makes the two directories of an overlay, and says whether upper was not
+// there before.
+func makeUpper(upper, work string) (fresh bool, err error) {
 	if err := os.Mkdir(work, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return fmt.Errorf("make overlay work directory: %w", err)
+		return false, fmt.Errorf("make overlay work directory: %w", err)
 	}
-	err := os.Mkdir(upper, 0o755)
+	err = os.Mkdir(upper, 0o755)
 	if errors.Is(err, os.ErrExist) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return fmt.Errorf("make overlay upper directory: %w", err)
+		return false, fmt.Errorf("make overlay upper directory: %w", err)
 	}
-	if err := copyAttributes(lowerDir, upper); err != nil {
-		return fmt.Errorf("copy attributes of the image's root directory: %w", err)
-	}
-	return nil
+	return true, nil
 }
 
 func copyAttributes(from, to string) error {

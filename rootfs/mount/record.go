@@ -56,7 +56,10 @@ type Record struct {
 	Upper     string        `json:"upper,omitempty"` // "" means a tmpfs
 	ReadOnly  bool          `json:"read_only,omitempty"`
 	State     State         `json:"state"`
-	Path      Path          `json:"path,omitempty"` // of the lower
+	Path      Path          `json:"path,omitempty"`   // of the lower
+	Source    string        `json:"source,omitempty"` // of the lower, see Spec
+	Local     string        `json:"local,omitempty"`  // the file that was mounted, "" for one of the session
+	Size      int64         `json:"size,omitempty"`   // of the image in bytes
 	Created   time.Time     `json:"created"`
 
 	// MountID and Device tell the mount at Target from one that somebody else
@@ -71,17 +74,22 @@ type Record struct {
 type imageRecord struct {
 	Version   int           `json:"version"`
 	Node      uint64        `json:"node"`
-	Name      string        `json:"name"` // in the session's directory
+	Name      string        `json:"name,omitempty"` // in the session's directory; "" when a local file was mounted
 	Manifest  digest.Digest `json:"manifest"`
 	Reference string        `json:"reference"`
 	Size      int64         `json:"size"` // bytes
 	Path      Path          `json:"path,omitempty"`
+	Source    string        `json:"source,omitempty"`
 	Loop      string        `json:"loop,omitempty"`  // device node, with LoopPath
-	Local     string        `json:"local,omitempty"` // file that the device was switched to
+	Local     string        `json:"local,omitempty"` // file that was mounted, or that the device was switched to
 	State     State         `json:"state"`
-	// Released: the kernel has closed the image file, nothing reads it.
+	// Released: the kernel has closed the session's file, or never had one;
+	// nothing reads it.
 	Released bool `json:"released,omitempty"`
 }
+
+// direct says whether the lower never was on a file of the session.
+func (r *imageRecord) direct() bool { return r.Name == "" }
 
 // sessionRecord says which session all other records belong to.
 type sessionRecord struct {

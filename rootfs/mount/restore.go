@@ -21,7 +21,7 @@ import (
 // Records of this session come back to life, with images from open; an image
 // that open cannot give now is asked for again when it is read. open gets the
 // record of one mount of the image; when readers are left but no mount, a
-// record with Manifest and Reference only. What was half mounted or half
+// record with Manifest, Reference and Size only. What was half mounted or half
 // unmounted is removed. Records of another session describe dead mounts, which
 // are removed too.
 func (m *Mounter) Restore(ctx context.Context, open func(Record) (File, error)) error {
@@ -148,6 +148,7 @@ func (m *Mounter) reopen(img imageRecord, records []Record, open func(Record) (F
 			break
 		}
 	}
+	rec.Size = img.Size
 	f := &lateFile{open: func() (File, error) { return open(rec) }, size: img.Size, now: time.Now}
 	if _, err := f.get(); err != nil {
 		m.log.Error("image cannot be opened again now; its readers get errors until it can", "reference", img.Reference, "err", err)

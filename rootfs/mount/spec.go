@@ -20,8 +20,14 @@ type Spec struct {
 	ID        string        // names the mount: letters, digits, "_", ".", "-"
 	Reference string        // of the image, for people
 	Manifest  digest.Digest // names the image: same digest, same bytes
-	// Image is taken over, also when Mount fails.
-	Image  File
+	// Image is taken over, also when Mount fails. It, or Local, is needed.
+	Image File
+	// Local is the absolute path of a file that holds the image. It is mounted
+	// without this process between, and must not change while it is.
+	Local string
+	// Source names where the bytes come from, for people. The first mount of an
+	// image decides about Image or Local and Source; others share what is there.
+	Source string
 	Target string // absolute path, made when missing
 	// Upper is an absolute directory that gets upper/ and work/ and belongs to
 	// this mount alone; "" means a tmpfs that goes with the mount.
@@ -43,8 +49,8 @@ func (s Spec) validate() error {
 	if err := s.Manifest.Validate(); err != nil {
 		return fmt.Errorf("mount %s: manifest digest %q: %w: %w", s.ID, s.Manifest, err, errdefs.ErrInvalidArgument)
 	}
-	if s.Image == nil || s.Image.Size() <= 0 || s.Image.Size()%4096 != 0 {
-		return fmt.Errorf("mount %s: image of whole 4 KiB blocks is needed: %w", s.ID, errdefs.ErrInvalidArgument)
+	if err := s.validateImage(); err != nil {
+		return err
 	}
 	if !filepath.IsAbs(s.Target) || filepath.Clean(s.Target) == "/" {
 		return fmt.Errorf("mount %s: target %q is not an absolute path below the root: %w", s.ID, s.Target, errdefs.ErrInvalidArgument)
@@ -57,6 +63,20 @@ func (s Spec) validate() error {
 	}
 	return nil
 }
+
+func (s Spec) validateImage() error {
+	switch {
+	case s.Image != nil && s.Local != "":
+		return fmt.Errorf("mount %s: both an image and the file %q of one: %w", s.ID, s.Local, errdefs.ErrInvalidArgument)
+	case s.Local != "" && !filepath.IsAbs(s.Local):
+		return fmt.Errorf("mount %s: image file %q is not an absolute path: %w", s.ID, s.Local, errdefs.ErrInvalidArgument)
+	case s.Local == "" && (s.Image == nil || !wholeBlocks(s.Image.Size())):
+		return fmt.Errorf("mount %s: image of whole 4 KiB blocks is needed: %w", s.ID, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+func wholeBlocks(size int64) bool { return size > 0 && size%blockSize == 0 }
 
 func validateID(id string) error {
 	if id == "" || len(id) > maxID {

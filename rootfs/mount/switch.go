@@ -34,14 +34,14 @@ func (m *Mounter) SwitchToLocal(ctx context.Context, manifest digest.Digest, pat
 	if lw == nil {
 		return fmt.Errorf("switch image %s to a local file: it is not mounted: %w", manifest, errdefs.ErrNotFound)
 	}
+	select {
+	case <-lw.released:
+		return nil // was switched before, or mounted from a local file
+	default:
+	}
 	if lw.rec.Path != LoopPath {
 		return fmt.Errorf("switch image %s to a local file: it is mounted without a loop device; set the preferred path to %q and mount it again: %w",
 			lw.rec.Reference, LoopPath, errdefs.ErrFailedPrecondition)
-	}
-	select {
-	case <-lw.released:
-		return nil // was switched before
-	default:
 	}
 	if err := syncFile(path, lw.rec.Size); err != nil {
 		return fmt.Errorf("switch image %s to a local file: %w", lw.rec.Reference, err)

@@ -42,7 +42,7 @@ type order struct {
 	Digest digest.Digest
 }
 
-type orderSpec struct{ ID, Image, Target, Upper string }
+type orderSpec struct{ ID, Image, Local, Target, Upper string }
 
 type answer struct {
 	Err      string
@@ -155,11 +155,15 @@ func (w *testWorker) accept(ctx context.Context, ln net.Listener) {
 func (w *testWorker) obey(ctx context.Context, o order) (answer, error) {
 	switch o.Op {
 	case "mount":
-		f, err := w.open(o.Spec.Image)
-		if err != nil {
-			return answer{}, err
+		spec := Spec{ID: o.Spec.ID, Reference: o.Spec.Image, Manifest: o.Digest, Local: o.Spec.Local, Target: o.Spec.Target, Upper: o.Spec.Upper}
+		if spec.Local == "" {
+			f, err := w.open(o.Spec.Image)
+			if err != nil {
+				return answer{}, err
+			}
+			spec.Image = f
 		}
-		rec, err := w.m.Mount(ctx, Spec{ID: o.Spec.ID, Reference: o.Spec.Image, Manifest: o.Digest, Image: f, Target: o.Spec.Target, Upper: o.Spec.Upper})
+		rec, err := w.m.Mount(ctx, spec)
 		return answer{Records: []Record{rec}}, err
 	case "unmount":
 		return answer{}, w.m.Unmount(ctx, o.Spec.ID)

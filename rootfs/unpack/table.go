@@ -27,6 +27,7 @@ import (
 type Spec struct {
 	ID        string // of the mount
 	Reference string // for messages and lists
+	Source    string // where the layers come from, for lists
 	Manifest  digest.Digest
 	Layers    []ocispec.Descriptor // the lowest first
 	DiffIDs   []digest.Digest      // of Layers; nil checks none
@@ -39,6 +40,7 @@ type Spec struct {
 // Record is a mount that exists.
 type Record struct {
 	ID, Reference string
+	Source        string // see Spec
 	Manifest      digest.Digest
 	Target        string
 	Upper         string // "" when read-only
@@ -212,7 +214,7 @@ func (t *Table) mount(s Spec) (Record, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return Record{}, err
 	}
-	r := Record{ID: s.ID, Reference: s.Reference, Manifest: s.Manifest, Target: s.Target, ReadOnly: s.ReadOnly}
+	r := Record{ID: s.ID, Reference: s.Reference, Source: s.Source, Manifest: s.Manifest, Target: s.Target, ReadOnly: s.ReadOnly}
 	if !s.ReadOnly {
 		if r.Upper = s.Upper; r.Upper == "" {
 			r.Upper = dir
