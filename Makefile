@@ -16,7 +16,7 @@ GOFLAGS_STATIC := -trimpath -ldflags '-s -w'
 PROTOS := cdh/cdh.proto v1/guest.proto v1/runner.proto v1/host.proto
 FUZZTIME ?= 10s
 
-.PHONY: help build setup run test check vet lint generate check-generate fuzz bench bench-formats image-torch nydus clean
+.PHONY: help build setup run test check vet lint generate check-generate fuzz bench bench-formats bench-virtiofs image-torch nydus virtiofsd clean
 
 help:
 	@echo 'make run        a container in a real VM from an image that is not there yet,'
@@ -25,6 +25,7 @@ help:
 	@echo 'make build      bin/tatami, bin/tatami-host, bin/tatami-guest, bin/tatami-virtiofsd, bin/pause'
 	@echo 'make bench      the measurements of README.md'
 	@echo 'make bench-formats  those of every image format on an image of 1.8 GB'
+	@echo 'make bench-virtiofs  virtio-fs against the relay, full pulls and other devices'
 	@echo 'make check      what needs no privileges: build, vet, lint, generated code'
 	@echo 'make fuzz       every fuzz target for FUZZTIME (10s)'
 
@@ -75,6 +76,13 @@ bench-formats: setup build
 # nydus-image for the tests and the benchmark, from its crate; takes a while.
 nydus: setup
 	@tools/demo/nydus.sh $(CACHE)/nydus
+
+# The virtiofsd that Kata ships, for the same.
+virtiofsd: setup
+	@tools/demo/virtiofsd.sh $(CACHE)/virtiofsd
+
+bench-virtiofs: setup build
+	@CACHE=$(CACHE) tools/bench-virtiofs.sh
 
 clean:
 	rm -rf $(BIN) $(CACHE)

@@ -108,7 +108,7 @@ func TestSignals(t *testing.T) {
 			need(t, p.needs...)
 			r := newRig(t)
 			r.reg.PushImage("signal", "v1", registrytest.Image{Layers: []registrytest.Layer{layer(t, formats[0].make, busybox(t)...)}, Config: shell()})
-			c := start(t, r, job{vm: p.vm, image: r.ref("signal:v1"), command: []string{"/bin/sh", "-c", `trap "echo got it; exit 9" TERM; echo ready; while true; do sleep 0.1; done`}})
+			c := start(t, r, job{vm: p.vm, source: p.source, image: r.ref("signal:v1"), command: []string{"/bin/sh", "-c", `trap "echo got it; exit 9" TERM; echo ready; while true; do sleep 0.1; done`}})
 			c.waitFor(t, "ready\n")
 			if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
@@ -197,6 +197,14 @@ func (c *running) wait(t *testing.T) int {
 // killChild kills the child of pid whose command line has name in it.
 func killChild(t *testing.T, pid int, name string) {
 	t.Helper()
+	if err := syscall.Kill(childOf(t, pid, name), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// childOf is the id of a child with the name in its command line.
+func childOf(t *testing.T, pid int, name string) int {
+	t.Helper()
 	dirs, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
 		t.Fatal(err)
@@ -207,11 +215,9 @@ func killChild(t *testing.T, pid int, name string) {
 		f := strings.Fields(string(rest))
 		cmdline, _ := os.ReadFile(filepath.Join(filepath.Dir(d), "cmdline"))
 		if len(f) > 1 && f[1] == strconv.Itoa(pid) && bytes.Contains(cmdline, []byte(name)) {
-			if err := syscall.Kill(atoi(t, filepath.Base(filepath.Dir(d))), syscall.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
-			return
+			return atoi(t, filepath.Base(filepath.Dir(d)))
 		}
 	}
 	t.Fatalf("process %d has no child %s", pid, name)
+	return 0
 }

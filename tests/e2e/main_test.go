@@ -14,7 +14,7 @@ import (
 var bin string
 
 func TestMain(m *testing.M) {
-	os.Exit(testbin.Main(m, &bin, []string{"./tools/cmd/tatami", "./host/cmd/tatami-host", "./guest/cmd/tatami-guest", "./tests/treecmp/treedump"}))
+	os.Exit(testbin.Main(m, &bin, []string{"./tools/cmd/tatami", "./host/cmd/tatami-host", "./guest/cmd/tatami-guest", "./virtiofs/cmd/tatami-virtiofsd", "./tests/treecmp/treedump"}))
 }
 
 // need skips a test where it cannot run and says what is missing.
@@ -35,10 +35,12 @@ func need(t *testing.T, programs ...string) {
 
 // places are the ways to run that most tests go through.
 var places = []struct {
-	name  string
-	vm    string
-	needs []string
+	name   string
+	vm     string
+	source string // of the image
+	needs  []string
 }{
-	{"vm", "qemu", []string{"qemu-system-x86_64", "crun", "busybox"}},
-	{"process", "none", []string{"crun", "busybox"}},
+	{"vm", "qemu", "relay", []string{"qemu-system-x86_64", "crun", "busybox"}},
+	{"process", "none", "relay", []string{"crun", "busybox"}},
+	{"virtio-fs", "qemu", "virtiofs", []string{"qemu-system-x86_64", "crun", "busybox"}},
 }

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -61,18 +62,23 @@ type result struct {
 
 // report is the part of tatami's report that the tests look at.
 type report struct {
-	Digest  string `json:"manifest_digest"`
-	Index   string `json:"index"`
-	Fetched int64  `json:"fetched"`
-	Guest   struct {
+	Digest         string `json:"manifest_digest"`
+	Source         string `json:"source"`
+	Index          string `json:"index"`
+	Fetched        int64  `json:"fetched"`
+	FetchedAtMount int64  `json:"fetched_at_mount"`
+	Guest          struct {
 		VerifyFailures int64            `json:"verify_failures"`
 		Sources        map[string]int64 `json:"source_bytes"`
+		Requests       map[string]int64 `json:"source_requests"`
+		Resident       int64            `json:"resident_bytes"`
 	} `json:"guest"`
 }
 
 // job is one `tatami run`.
 type job struct {
 	vm      string // "qemu" or "none"
+	source  string // "relay" when empty
 	flags   []string
 	image   string
 	command []string
@@ -87,7 +93,7 @@ func (r *rig) command(ctx context.Context, j job) (*exec.Cmd, string) {
 		root = r.root
 	}
 	file := filepath.Join(r.t.TempDir(), "report.json")
-	args := []string{"run", "--vm", j.vm, "--root", root, "--format", "json", "--report", file}
+	args := []string{"run", "--vm", j.vm, "--source", cmp.Or(j.source, "relay"), "--root", root, "--format", "json", "--report", file}
 	args = append(args, j.flags...)
 	args = append(args, j.image)
 	if len(j.command) > 0 {

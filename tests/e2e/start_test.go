@@ -28,7 +28,7 @@ func TestStart(t *testing.T) {
 				l := layer(t, f.make, append(busybox(t), registrytest.File("big", 0o644, big))...)
 				r.reg.PushImage("start", "v1", registrytest.Image{Layers: []registrytest.Layer{l},
 					Config: ocispec.ImageConfig{Entrypoint: []string{"/bin/sh", "-c"}, Env: []string{"GREETING=hello"}, User: "worker"}})
-				res := r.run(job{vm: p.vm, image: r.ref("start:v1"), stdin: strings.NewReader("from stdin\n"),
+				res := r.run(job{vm: p.vm, source: p.source, image: r.ref("start:v1"), stdin: strings.NewReader("from stdin\n"),
 					command: []string{strings.Replace(script, "/new", "/tmp/new", 2)}})
 				want := fmt.Sprintf("out hello\n1234\n100 555\nfrom stdin\n%x  -\n/tmp/new\n", sha256.Sum256([]byte(big)))
 				if res.code != 7 || res.stdout != want || !strings.Contains(res.stderr, "err\n") {

@@ -38,7 +38,7 @@ func TestTree(t *testing.T) {
 					layers = append(layers, registrytest.Must(registrytest.Gzip(tar)))
 				}
 				r.reg.PushImage("torture", "v1", registrytest.Image{Layers: layers})
-				res := r.must(job{vm: p.vm, flags: []string{"--mount-path", path}, image: r.ref("torture:v1"),
+				res := r.must(job{vm: p.vm, source: p.source, flags: []string{"--mount-path", path}, image: r.ref("torture:v1"),
 					command: append([]string{"/treedump", "/"}, mountPoints[1:]...)})
 				var got treecmp.Tree
 				if err := gob.NewDecoder(strings.NewReader(res.stdout)).Decode(&got); err != nil {

@@ -130,9 +130,9 @@ func (c *Comparison) rounds(ctx context.Context, o StartOptions, w *wire, dir st
 func (c *Comparison) one(ctx context.Context, o StartOptions, w *wire, way, root string) (*run.Report, error) {
 	ro := o.Run
 	ro.Image, ro.Root, ro.PlainHTTP = w.image, root, []string{w.tcp}
-	ro.Mode = run.Lazy
+	ro.Mode, ro.Registry = run.Lazy, w.link.Serve
 	if way == FullPull {
-		ro.Mode, ro.Registry = run.Full, w.link.Serve
+		ro.Mode, ro.Source = run.Full, ""
 		// Guest pull unpacks into the guest's memory.
 		ro.MemoryMiB = max(ro.MemoryMiB, fullPullMemory)
 	}

@@ -22,6 +22,9 @@ func runFlags(fs *flag.FlagSet, o *run.Options) {
 	nodeFlags(fs, o)
 	fs.StringVar(&o.Kernel, "kernel", "", "guest kernel (default: one that is found, see README)")
 	fs.IntVar(&o.MemoryMiB, "memory", 512, "memory of the virtual machine in `MiB`")
+	fs.StringVar(&o.Source, "source", run.SourceAuto, "where a lazy image comes from: virtiofs (the node's own file, by tatami-virtiofsd), relay (the node, over vsock),\n"+
+		"registry (the guest asks it), auto: virtiofs where tatami-virtiofsd is installed, else relay")
+	fs.StringVar(&o.ImagesSocket, "images-socket", "", "where tatami-host gives images to tatami-virtiofsd (default: images.sock in --root)")
 	fs.IntVar(&o.CPUs, "cpus", 1, "processors of the virtual machine")
 	fs.StringVar(&o.Accel, "accel", "auto", "auto, kvm or tcg; auto takes KVM only after a guest really booted on it")
 }
@@ -58,7 +61,7 @@ func runCommand(ctx context.Context, args []string, s Streams) (int, error) {
 		return 0, fmt.Errorf("--format %q: want text or json: %w", format, errdefs.ErrInvalidArgument)
 	}
 	o.Image, o.Args = fs.Arg(0), commandLine(fs.Args()[1:])
-	if o.Mode == run.Full {
+	if o.Mode == run.Full || o.Source == run.SourceRegistry {
 		host, _, err := bench.RegistryOf(o.Image)
 		if err != nil {
 			return 0, err

@@ -89,12 +89,12 @@ func (st *nodeStatus) print(out io.Writer) error {
 	}
 	st.printSnapshots(w)
 	if len(st.Sandboxes) > 0 {
-		fmt.Fprintln(w, "\nSANDBOX\tMACHINE\tCONTAINER\tIMAGE\tCLASS")
+		fmt.Fprintln(w, "\nSANDBOX\tMACHINE\tVIRTIO-FS\tCONTAINER\tIMAGE\tCLASS")
 	}
 	for _, b := range st.Sandboxes {
-		fmt.Fprintf(w, "%s\t%s\t\t\t\n", b.Id, b.Identity)
+		fmt.Fprintf(w, "%s\t%s\t%s\t\t\t\n", b.Id, b.Identity, cmp.Or(b.VirtioFs, "-"))
 		for _, c := range b.Containers {
-			fmt.Fprintf(w, "\t\t%s\t%s\t%s\n", c.Id, c.Reference, c.Class)
+			fmt.Fprintf(w, "\t\t\t%s\t%s\t%s\n", c.Id, c.Reference, c.Class)
 		}
 	}
 	return w.Flush()

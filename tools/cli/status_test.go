@@ -17,7 +17,7 @@ func TestPrintStatus(t *testing.T) {
 				{Key: "k8s.io/5/sha256:1", Kind: "committed", Reason: "no\tsuch\nimage\x1b"},
 			},
 		}},
-		Sandboxes: []*api.SandboxStatus{{Id: "s1", Identity: "vsock:2110", Containers: []*api.ContainerStatus{{Id: "c1", Reference: "debian", Class: "online"}}}},
+		Sandboxes: []*api.SandboxStatus{{Id: "s1", Identity: "vsock:2110"}, {Id: "s2", Identity: "vsock:2110", VirtioFs: "connected", Containers: []*api.ContainerStatus{{Id: "c1", Reference: "debian", Class: "online"}}}},
 	}
 	const want = `images 2, sandboxes 1, from registries 3.0 MiB, to sandboxes 0.5 MiB
 
@@ -28,9 +28,10 @@ SNAPSHOT           KIND       MODE   IMAGE                        REASON
 k8s.io/9/c1        active     guest  docker.io/library/debian:12  
 k8s.io/5/sha256:1  committed  full   -                            no such image 
 
-SANDBOX  MACHINE     CONTAINER  IMAGE   CLASS
-s1       vsock:2110                     
-                     c1         debian  online
+SANDBOX  MACHINE     VIRTIO-FS  CONTAINER  IMAGE   CLASS
+s1       vsock:2110  -                             
+s2       vsock:2110  connected                     
+                                c1         debian  online
 `
 	var got bytes.Buffer
 	if err := st.print(&got); err != nil || got.String() != want {

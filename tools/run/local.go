@@ -53,12 +53,11 @@ func (l *local) start(context.Context) error {
 	a := l.addresses()
 	args := []string{
 		"--listen", a.guest, "--stream-listen", a.streams, "--cdh-socket", "",
-		"--host-address", a.host, "--relay-address", a.relay,
 		"--state-dir", filepath.Join(l.dir, "state"),
 		"--mount-path", l.o.MountPath, "--store-dir", l.o.Keep, "--runner=true",
 	}
 	// Not bound to a context: close ends it, after everything is unmounted.
-	l.cmd = exec.Command(bin, append(args, l.fullPullArgs()...)...) //nolint:noctx // close stops it in order
+	l.cmd = exec.Command(bin, append(args, l.sourceArgs()...)...) //nolint:noctx // close stops it in order
 	l.cmd.Stdout, l.cmd.Stderr = &l.log, &l.log
 	l.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	if err := l.cmd.Start(); err != nil {
@@ -71,13 +70,18 @@ func (l *local) start(context.Context) error {
 	return nil
 }
 
-// fullPullArgs lets the guest reach the registry itself, which only a full
-// pull does here.
-func (l *local) fullPullArgs() []string {
-	if l.o.Mode != Full {
-		return []string{"--registry=false"}
+// sourceArgs lets the guest reach the node, and the registry where it asks that
+// itself.
+func (l *local) sourceArgs() []string {
+	a := l.addresses()
+	args := []string{"--host-address", a.host, "--relay-address", a.relay}
+	if l.o.Source == SourceRegistry {
+		args = []string{"--host-address", "", "--relay-address", ""}
 	}
-	args := []string{"--registry=true", "--registry-address", l.addresses().registry}
+	if !l.o.pulls() {
+		return append(args, "--registry=false")
+	}
+	args = append(args, "--registry=true", "--registry-address", a.registry)
 	for _, h := range l.o.PlainHTTP {
 		args = append(args, "--plain-http", h)
 	}

@@ -24,6 +24,14 @@ const (
 	Full = "full" // downloaded and unpacked first, as guest pull does
 )
 
+// Where the bytes of a lazy image come from.
+const (
+	SourceAuto     = "auto"     // virtio-fs where that is possible, else the relay
+	SourceVirtioFS = "virtiofs" // the node's own image file, by a tatami-virtiofsd
+	SourceRelay    = "relay"    // the node's relay
+	SourceRegistry = "registry" // the guest asks registries itself
+)
+
 // Options of one run. Image is required; the zero value of the others is
 // sensible after withDefaults.
 type Options struct {
@@ -32,14 +40,18 @@ type Options struct {
 
 	VM       string // QEMU or None
 	Mode     string // Lazy or Full
+	Source   string // SourceAuto and so on; for Mode Lazy
 	Platform string // "linux/amd64"; the machine's own when empty
 	Class    string // "online" or "batch"; the node's default when empty
 
-	Root      string   // state of the node's daemon
-	Socket    string   // control socket of a tatami-host that runs already
-	PlainHTTP []string // registries to ask without TLS, "host:port"
-	// Registry answers a guest that pulls by itself, until ctx ends. It is
-	// needed when Mode is Full.
+	Root   string // state of the node's daemon
+	Socket string // control socket of a tatami-host that runs already
+	// ImagesSocket is where that daemon gives images to tatami-virtiofsd;
+	// images.sock in Root when empty.
+	ImagesSocket string
+	PlainHTTP    []string // registries to ask without TLS, "host:port"
+	// Registry answers a guest that asks registries by itself, until ctx ends. It
+	// is needed when Mode is Full or Source is SourceRegistry.
 	Registry func(ctx context.Context, l net.Listener) error
 
 	Kernel    string // vmlinuz; found when empty
@@ -63,6 +75,7 @@ func (o *Options) withDefaults() Options {
 	d := *o
 	setDefault(&d.VM, QEMU)
 	setDefault(&d.Mode, Lazy)
+	setDefault(&d.Source, SourceAuto)
 	setDefault(&d.Root, "/var/lib/tatami")
 	setDefault(&d.Accel, "auto")
 	setDefault(&d.MountPath, "auto")
@@ -91,6 +104,7 @@ func (o *Options) validate() error {
 	}{
 		{"--vm", o.VM, []string{QEMU, None}},
 		{"--mode", o.Mode, []string{Lazy, Full}},
+		{"--source", o.Source, []string{SourceAuto, SourceVirtioFS, SourceRelay, SourceRegistry}},
 		{"--class", o.Class, []string{"", "online", "batch"}},
 		{"--accel", o.Accel, []string{"auto", "kvm", "tcg"}},
 		{"--mount-path", o.MountPath, []string{"auto", "file", "loop"}},
@@ -102,11 +116,26 @@ func (o *Options) validate() error {
 	if o.Image == "" {
 		return fmt.Errorf("no image named: %w", errdefs.ErrInvalidArgument)
 	}
-	if o.Mode == Full && o.Registry == nil {
-		return fmt.Errorf("a full pull needs a registry for the guest: %w", errdefs.ErrInvalidArgument)
+	if err := o.validateSource(); err != nil {
+		return err
 	}
 	if o.MemoryMiB < 96 || o.CPUs < 1 {
 		return fmt.Errorf("a guest of %d MiB and %d CPUs does not boot; give it at least 96 MiB and 1 CPU: %w", o.MemoryMiB, o.CPUs, errdefs.ErrInvalidArgument)
 	}
 	return nil
 }
+
+func (o *Options) validateSource() error {
+	switch {
+	case o.Source == SourceVirtioFS && o.VM == None:
+		return fmt.Errorf("--source %s: without a virtual machine there is no virtio-fs: %w", o.Source, errdefs.ErrInvalidArgument)
+	case o.Mode == Full && o.Source != SourceAuto && o.Source != SourceRegistry:
+		return fmt.Errorf("--source %s: a full pull comes from the registry: %w", o.Source, errdefs.ErrInvalidArgument)
+	case o.pulls() && o.Registry == nil:
+		return fmt.Errorf("a guest that pulls by itself needs a registry: %w", errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// pulls says whether the guest asks registries itself.
+func (o *Options) pulls() bool { return o.Mode == Full || o.Source == SourceRegistry }

@@ -163,10 +163,10 @@ func (r *runner) connect(ctx context.Context) error {
 func (r *runner) prepareAndBoot(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return r.boot(gctx) })
-	if r.o.Mode == Lazy {
+	if !r.o.pulls() {
 		g.Go(func() error { return r.prepare(gctx) })
 	}
-	if err := g.Wait(); err != nil || r.o.Mode == Full {
+	if err := g.Wait(); err != nil || r.o.pulls() {
 		return err
 	}
 	_, err := r.node.AddContainer(ctx, &api.AddContainerRequest{
@@ -217,8 +217,8 @@ func (r *runner) boot(ctx context.Context) error {
 	return nil
 }
 
-// attach lets the node, and in a full pull the registry, listen for the
-// sandbox.
+// attach lets the node listen for the sandbox, and the registry for a guest that
+// asks it.
 func (r *runner) attach(ctx context.Context, a addresses) error {
 	r.later(func(ctx context.Context) error { // also when the call below was given up half-way
 		_, err := r.node.Detach(ctx, &api.DetachRequest{Sandbox: r.id})
@@ -231,7 +231,7 @@ func (r *runner) attach(ctx context.Context, a addresses) error {
 	if err != nil {
 		return r.nodeError("attach the sandbox to the node", err)
 	}
-	if r.o.Mode != Full {
+	if !r.o.pulls() {
 		return nil
 	}
 	l, err := vsock.Listen(a.registry)
@@ -286,7 +286,7 @@ func (r *runner) mount(ctx context.Context) (*api.MountResponse, error) {
 	r.t.add(Phase{"mount", from, r.report.Mounted - from})
 	r.report.FetchedAtMount = r.fetched(ctx)
 	r.t.remote(from, indented(resp.Phases))
-	r.report.MountPath, r.report.Digest = resp.Path, resp.ManifestDigest
+	r.report.MountPath, r.report.Source, r.report.Digest = resp.Path, resp.Source, resp.ManifestDigest
 	return resp, nil
 }
 

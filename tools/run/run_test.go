@@ -26,6 +26,10 @@ func TestOptions(t *testing.T) {
 		{"mount path", Options{Image: "x", MountPath: "nfs"}, "nfs"},
 		{"memory", Options{Image: "x", MemoryMiB: 64}, "64 MiB"},
 		{"processors", Options{Image: "x", CPUs: -1}, "-1 CPUs"},
+		{"source", Options{Image: "x", Source: "nfs"}, "nfs"},
+		{"virtio-fs without a machine", Options{Image: "x", VM: None, Source: SourceVirtioFS}, "no virtio-fs"},
+		{"full pull over the relay", Options{Image: "x", Mode: Full, Source: SourceRelay}, "from the registry"},
+		{"registry from nowhere", Options{Image: "x", Source: SourceRegistry}, "needs a registry"},
 		{"full pull from nowhere", Options{Image: "x", Mode: Full}, "registry"},
 	} {
 		o := c.o.withDefaults()
@@ -47,6 +51,12 @@ func TestReport(t *testing.T) {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("no %q in\n%s", want, text.String())
 		}
+	}
+	text.Reset()
+	over := *r
+	over.Source = "virtio-fs"
+	if err := over.WriteText(&text); err != nil || !strings.Contains(text.String(), "node's image file over virtio-fs") || strings.Contains(text.String(), "requests") {
+		t.Errorf("over virtio-fs: %v\n%s", err, text.String())
 	}
 	if err := r.WriteJSON(&js); err != nil {
 		t.Fatal(err)
