@@ -11,6 +11,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/tatami-containers/tatami/protocols/rights"
 )
 
 // Network is the kind of the socket: unix(7), SOCK_SEQPACKET.
@@ -115,32 +117,11 @@ func (c *Conn) packet(buf []byte, want bool) (int, []*os.File, error) {
 	if err != nil {
 		return 0, nil, err
 	}
-	files, err := received(oob[:m])
+	files, err := rights.Files(oob[:m], "tatami-host")
 	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
 		err = fmt.Errorf("a packet with more bytes or descriptors than are allowed: %w", errdefs.ErrInvalidArgument)
 	}
 	return n, files, err
-}
-
-// received takes over the descriptors of a control message.
-func received(oob []byte) (files []*os.File, err error) {
-	if len(oob) == 0 {
-		return nil, nil
-	}
-	controls, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, fmt.Errorf("control message: %w", err)
-	}
-	for i := range controls {
-		fds, err := unix.ParseUnixRights(&controls[i])
-		if err != nil {
-			return files, fmt.Errorf("control message: %w", err)
-		}
-		for _, fd := range fds {
-			files = append(files, os.NewFile(uintptr(fd), "tatami-host"))
-		}
-	}
-	return files, nil
 }
 
 // closeAll closes what nobody uses.

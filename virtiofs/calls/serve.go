@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tatami-containers/tatami/protocols/rights"
 )
 
 // receive takes messages until the connection is lost.
@@ -35,7 +37,7 @@ func (c *Conn) receive() {
 func (c *Conn) read() (message, []*os.File, error) {
 	buf, oob := make([]byte, maxMessage), make([]byte, unix.CmsgSpace(4*maxFiles))
 	n, oobn, flags, _, err := c.conn.ReadMsgUnix(buf, oob)
-	files, ferr := parseFiles(oob[:oobn])
+	files, ferr := rights.Files(oob[:oobn], "received")
 	switch {
 	case err != nil || ferr != nil:
 		err = errors.Join(err, ferr)
@@ -53,25 +55,6 @@ func (c *Conn) read() (message, []*os.File, error) {
 		return m, nil, err
 	}
 	return m, files, nil
-}
-
-// parseFiles takes the descriptors out of control messages.
-func parseFiles(oob []byte) ([]*os.File, error) {
-	msgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, fmt.Errorf("control message: %w", err)
-	}
-	var files []*os.File
-	for i := range msgs {
-		fds, err := unix.ParseUnixRights(&msgs[i])
-		if err != nil {
-			return files, fmt.Errorf("control message: %w", err)
-		}
-		for _, fd := range fds {
-			files = append(files, os.NewFile(uintptr(fd), "received"))
-		}
-	}
-	return files, nil
 }
 
 // take hands a message to who waits for it. An error ends the connection.

@@ -227,7 +227,7 @@ func run(t *testing.T, bin string, s Sandbox, job string) (string, *os.ProcessSt
 
 func TestConfined(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("needs root")
+		t.Skip("needs root: takes away what only root has")
 	}
 	bin := binary(t)
 	for _, s := range []Sandbox{Namespace, Chroot, None} {

@@ -98,7 +98,7 @@ func setGroupID(dir int) error {
 
 func TestFiles(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("needs root")
+		t.Skip("needs root: makes namespaces and mounts")
 	}
 	bin := binary(t)
 	if out, st := run(t, bin, Namespace, filesJob+"work"); !st.Success() {

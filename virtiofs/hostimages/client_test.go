@@ -149,6 +149,22 @@ func image(size int64) []byte {
 	return b
 }
 
+// grantLate refuses an image that was open before once, then grants it, and expects
+// that it is the same file.
+func (g *rig) grantLate(p *peer, f *file) {
+	g.t.Helper()
+	h := p.expect(sharedimages.Open)
+	refused := sharedimages.Header{Op: h.Op, ID: h.ID}
+	text := refused.Fail(errdefs.ErrNotFound)
+	p.answer(refused, text)
+	h = p.expect(sharedimages.Open)
+	p.answer(sharedimages.Header{Op: h.Op, ID: h.ID, Handle: 9}, image(12), g.boot)
+	g.awaitOpen(f)
+	if g.known() != f {
+		g.t.Error("it was dropped")
+	}
+}
+
 // open has the client open the image.
 func (g *rig) open(p *peer) *file {
 	g.t.Helper()
@@ -594,16 +610,7 @@ func TestGrantedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	p = g.connect()
-	h := p.expect(sharedimages.Open)
-	refused := sharedimages.Header{Op: h.Op, ID: h.ID}
-	text := refused.Fail(errdefs.ErrNotFound)
-	p.answer(refused, text)
-	h = p.expect(sharedimages.Open)
-	p.answer(sharedimages.Header{Op: h.Op, ID: h.ID, Handle: 9}, image(12), g.boot)
-	g.awaitOpen(f)
-	if g.known() != f {
-		t.Error("it was dropped")
-	}
+	g.grantLate(p, f)
 }
 
 // After a long time without tatami-host, an image that is not granted at once is
@@ -618,16 +625,7 @@ func TestGrantedLate(t *testing.T) {
 	}
 	time.Sleep(limit)
 	p = g.connect()
-	h := p.expect(sharedimages.Open)
-	refused := sharedimages.Header{Op: h.Op, ID: h.ID}
-	text := refused.Fail(errdefs.ErrNotFound)
-	p.answer(refused, text)
-	h = p.expect(sharedimages.Open)
-	p.answer(sharedimages.Header{Op: h.Op, ID: h.ID, Handle: 9}, image(12), g.boot)
-	g.awaitOpen(f)
-	if g.known() != f {
-		t.Error("it was dropped")
-	}
+	g.grantLate(p, f)
 }
 
 // Of an image that tatami-host does not share any more because it is forged, nothing

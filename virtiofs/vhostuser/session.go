@@ -7,6 +7,8 @@ import (
 	"net"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tatami-containers/tatami/protocols/rights"
 )
 
 // session serves one connection of a front-end. One goroutine runs it; the
@@ -147,17 +149,9 @@ func receiveHeader(conn *net.UnixConn, m *message, head []byte) error {
 }
 
 func parseFDs(oob []byte) ([]int, error) {
-	msgs, err := unix.ParseSocketControlMessage(oob)
+	fds, err := rights.Parse(oob)
 	if err != nil {
-		return nil, fmt.Errorf("%w: control message: %w", ErrProtocol, err)
-	}
-	var fds []int
-	for i := range msgs {
-		f, err := unix.ParseUnixRights(&msgs[i])
-		if err != nil {
-			return fds, fmt.Errorf("%w: control message: %w", ErrProtocol, err)
-		}
-		fds = append(fds, f...)
+		return fds, fmt.Errorf("%w: %w", ErrProtocol, err)
 	}
 	return fds, nil
 }

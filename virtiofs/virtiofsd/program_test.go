@@ -382,7 +382,7 @@ func TestSandboxes(t *testing.T) {
 	}
 	dir := t.TempDir()
 	if os.Getuid() != 0 {
-		t.Skip("needs root")
+		t.Skip("needs root: makes namespaces and changes users")
 	}
 	for _, tc := range []struct {
 		name      string
