@@ -628,6 +628,51 @@ func TestGrantedLate(t *testing.T) {
 	g.grantLate(p, f)
 }
 
+// Bytes that go while they are read out of the node's file do not count.
+func TestBytesThatGo(t *testing.T) {
+	g := start(t, patience)
+	p := g.connect()
+	f := g.open(p)
+	g.state.Set(0)
+	got := f.read(t.Context(), 4, 4)
+	g.share(p)
+	expectRead(t, "segm", got)
+	data, err := os.OpenFile(g.data.Name(), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer data.Close()
+	stop := make(chan struct{})
+	var store sync.WaitGroup
+	store.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			g.state.Clear(0)
+			g.state.Bump()
+			_, zeroed := data.WriteAt(make([]byte, 4), 2)
+			_, written := data.WriteAt([]byte("segm"), 2)
+			if zeroed != nil || written != nil {
+				t.Error(zeroed, written)
+				return
+			}
+			g.state.Set(0)
+		}
+	})
+	b := make([]byte, 4)
+	for range 300_000 {
+		if n := f.local(b, 4); n > 0 && string(b[:n]) != "segm"[:n] {
+			t.Errorf("%q", b[:n])
+			break
+		}
+	}
+	close(stop)
+	store.Wait()
+}
+
 // Of an image that tatami-host does not share any more because it is forged, nothing
 // is read that tatami-host does not answer.
 func TestForged(t *testing.T) {
