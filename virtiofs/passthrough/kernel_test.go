@@ -85,6 +85,7 @@ func mount(t *testing.T, o Options, capabilities uint64) (host, guest string) {
 func TestPOSIX(t *testing.T) {
 	skip := map[string]string{
 		"FcntlFlockLocksFile": "go-fuse does not run it itself: it must be fixed",
+		"Tmpfile":             "files without a name are not served, see TestNoTmpfile",
 	}
 	for _, cache := range []Cache{CacheNever, CacheAuto, CacheMetadata, CacheAlways} {
 		t.Run(string(cache), func(t *testing.T) {
@@ -100,5 +101,18 @@ func TestPOSIX(t *testing.T) {
 				})
 			}
 		})
+	}
+}
+
+// A file without a name is refused as file systems refuse it that have none: programs
+// then make one with a name.
+func TestNoTmpfile(t *testing.T) {
+	_, guest := mount(t, Options{Cache: CacheAuto}, 0)
+	fd, err := unix.Open(guest, unix.O_TMPFILE|unix.O_RDWR, 0o600)
+	if err == nil {
+		unix.Close(fd)
+	}
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		t.Fatalf("open with O_TMPFILE: %v, want EOPNOTSUPP", err)
 	}
 }
