@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -347,4 +348,47 @@ func TestRedirectSecret(t *testing.T) {
 	if err == nil || strings.Contains(err.Error(), "signature") {
 		t.Errorf("error %v", err)
 	}
+}
+
+// TestTokenServiceElsewhere: the token service of a registry in an internal
+// network has a host of its own; the same for a mirror that hands its challenge on.
+func TestTokenServiceElsewhere(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{Auth: &registrytest.Auth{User: "user", Password: "secret"}})
+	data := random(1000)
+	desc := reg.PushBlob("library/x", "", data)
+	next := forward(t, reg.Host(), nil)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		next.ServeHTTP(elsewhere{w}, r)
+	}))
+	defer server.Close()
+	host := strings.TrimPrefix(server.URL, "http://")
+	cfg := fast()
+	cfg.Credentials = auth.StaticCredential(host, auth.Credential{Username: "user", Password: "secret"})
+	repo := newClient(t, cfg).Repository(parse(t, host+"/library/x"))
+	for range 2 {
+		rc, err := repo.Range(t.Context(), desc.Digest, 0, 1000)
+		if got, err := readAll(t, rc, err); err != nil || !bytes.Equal(got, data) {
+			t.Fatalf("range: %v, %d bytes", err, len(got))
+		}
+		reg.ExpireTokens()
+	}
+	if n := len(reg.Requests("/token")); n != 2 {
+		t.Errorf("the token service was asked %d times", n)
+	}
+	for _, r := range reg.Requests("/token") {
+		if !strings.HasPrefix(r.Host, "localhost:") || !strings.Contains(r.Query, "service=") {
+			t.Errorf("the token service was asked as %s with %s", r.Host, r.Query)
+		}
+	}
+}
+
+// elsewhere gives the token service another name.
+type elsewhere struct{ http.ResponseWriter }
+
+func (e elsewhere) WriteHeader(status int) {
+	challenge := e.Header().Get("Www-Authenticate")
+	if challenge != "" {
+		e.Header().Set("Www-Authenticate", strings.Replace(challenge, "127.0.0.1", "localhost", 1))
+	}
+	e.ResponseWriter.WriteHeader(status)
 }

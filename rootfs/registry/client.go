@@ -41,6 +41,10 @@ type Config struct {
 	// Stall is how long an answer may stand still, before its header and
 	// between two bytes of its body. 0 means 30 s.
 	Stall time.Duration
+	// Hedge is how long an answer must stand still at least before the same is
+	// asked for a second time, of the next host or over another connection; a host
+	// that usually takes long gets longer. 0 means 2 s, negative never.
+	Hedge time.Duration
 	// Chunk (bytes) and InFlight are the parallel ranges of Open, which keeps
 	// at most Chunk*InFlight bytes in memory. 0 means 8 MiB and 4.
 	Chunk    int64
@@ -56,6 +60,7 @@ type Client struct {
 	tokens  *tokenCache
 	targets targets
 	hosts   hosts
+	peers   peers
 	stats   counters
 	tagging chan struct{} // holds an element while a list of referrers is written
 }
@@ -68,14 +73,16 @@ type counters struct {
 type Stats struct {
 	Requests int64 // sent to registries and redirect targets, retries included, tokens not
 	Retries  int64
-	Bytes    int64 // received in bodies
-	Tokens   int64 // fetched from token services, and credentials looked up
+	Bytes    int64       // received in bodies
+	Tokens   int64       // fetched from token services, and credentials looked up
+	Hosts    []HostStats // by name; of maxPeers hosts at most
 }
 
 // New returns a Client; it dials nothing.
 func New(cfg Config) *Client {
 	cfg = cfg.withDefaults()
 	c := &Client{cfg: cfg, log: cfg.Log, tagging: make(chan struct{}, 1)}
+	c.peers.cfg = cfg
 	c.tokens = newTokenCache(&c.stats.tokens)
 	c.own = c.newLink(nil)
 	return c
@@ -92,6 +99,7 @@ func (cfg Config) withDefaults() Config {
 	cfg.RetryMax = cmp.Or(cfg.RetryMax, 4)
 	cfg.RetryWait = cmp.Or(cfg.RetryWait, 100*time.Millisecond)
 	cfg.Stall = cmp.Or(cfg.Stall, 30*time.Second)
+	cfg.Hedge = cmp.Or(cfg.Hedge, 2*time.Second)
 	cfg.Chunk = cmp.Or(cfg.Chunk, 8<<20)
 	cfg.InFlight = cmp.Or(cfg.InFlight, 4)
 	return cfg
@@ -104,6 +112,7 @@ func (c *Client) Stats() Stats {
 		Retries:  c.stats.retries.Load(),
 		Bytes:    c.stats.bytes.Load(),
 		Tokens:   c.stats.tokens.Load(),
+		Hosts:    c.peers.stats(),
 	}
 }
 

@@ -2,7 +2,6 @@ package registry_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -10,10 +9,8 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
@@ -101,10 +98,6 @@ func startDistribution(t *testing.T) string {
 // startDistributionWith adds lines to its configuration.
 func startDistributionWith(t *testing.T, more string) string {
 	t.Helper()
-	binary, err := exec.LookPath("docker-registry")
-	if err != nil {
-		t.Skip("needs Debian's package docker-registry: ", err)
-	}
 	dir := t.TempDir()
 	config := filepath.Join(dir, "config.yml")
 	host := freePort(t)
@@ -112,29 +105,8 @@ func startDistributionWith(t *testing.T, more string) string {
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, binary, "serve", config)
-	var output bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &output, &output
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cancel()
-		_ = cmd.Wait() // killed
-		if t.Failed() {
-			t.Logf("docker-registry says:\n%s", output.String())
-		}
-	})
-	for range 1000 {
-		if conn, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", host); err == nil {
-			_ = conn.Close() // nothing was sent
-			return host
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatalf("docker-registry does not listen on %s", host)
-	return ""
+	start(t, host, "docker-registry", "docker-registry", "serve", config)
+	return host
 }
 
 func freePort(t *testing.T) string {

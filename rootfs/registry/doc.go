@@ -13,6 +13,19 @@
 // with a class of github.com/containerd/errdefs. A context that ends is
 // reported as the context's own error.
 //
+// A host that refuses requests (429, 503) gets a pause from all of them, as long as
+// it asks for (30 s at most; a longer one fails what would have to wait), and then
+// fewer requests a second until it takes more (pacer). A whole blob is fetched in
+// as many ranges at the same time as make it faster (window), over several
+// connections also with HTTP/2 (lanes). An answer that stands still for several
+// times as long as is usual for its host is asked for a second time, of the next
+// host or over another connection, and the first byte wins (hedge); second requests
+// are few, and none go to a host that refuses some. pacer, window and patience only
+// decide: they have no clock, no lock and do no I/O.
+//
+// Ranges are not verified here, but whoever finds them wrong can say so (Trail):
+// a mirror that gave them is left alone for that repository, and the next host asked.
+//
 // A registry may have mirrors (Config.Hosts; package hosts reads containerd's
 // hosts.toml). They are asked first, in their order, for what they are trusted
 // with; whatever fails there is asked of the next host, from the byte on at which
@@ -24,6 +37,7 @@
 // Secrets (credentials, tokens, headers of hosts, the query of a signed URL)
 // never reach an error or a log record, nor another host than theirs.
 //
-// Locks (tokenCache.mu, targets.mu, hosts.mu, links.mu) are leaves: none is held while
-// another is taken or while waiting.
+// Locks are leaves (tokenCache.mu, targets.mu, hosts.mu, links.mu, peers.mu, peer.mu,
+// lanes.mu, Trail.mu): none is held while another is taken or while waiting. Only
+// hedge.mu is held while others of these are.
 package registry

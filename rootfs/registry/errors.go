@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -43,6 +44,7 @@ type Error struct {
 
 	retryAfter time.Duration // what the registry asked for; negative when it did not
 	temporary  bool          // worth another try
+	refused    bool          // the host has a pause because of it
 	stale      bool          // worth one more try: a token or signature may have expired on its way
 }
 
@@ -103,6 +105,7 @@ func (r *Repository) statusError(object string, resp *http.Response) *Error {
 		e.stale = resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden
 	}
 	e.retryAfter = retryAfter(resp.Header.Get("Retry-After"), time.Now())
+	e.refused = refusal(resp)
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody)) // the status alone is an answer too
 	e.Code, e.Message = parseErrorBody(body)
 	return e
@@ -157,6 +160,8 @@ func (r *Repository) classify(status int) (remedy string, class error) {
 		return "check the name and the tag; was it pushed to this registry?", errdefs.ErrNotFound
 	case http.StatusRequestedRangeNotSatisfiable:
 		return "", errdefs.ErrOutOfRange
+	case http.StatusProxyAuthRequired:
+		return proxyLogin, errdefs.ErrFailedPrecondition
 	case http.StatusTooManyRequests:
 		return "the registry limits requests: log in, wait, or use a mirror", errdefs.ErrResourceExhausted
 	case http.StatusNotImplemented, http.StatusMethodNotAllowed:
@@ -186,9 +191,20 @@ func (r *Repository) sendError(object string, err error) error {
 	err = redact(err)
 	e := r.fault(object, errdefs.ErrUnavailable, err)
 	var service *errcode.ErrorResponse
+	var pause *pauseError
 	var certificate *tls.CertificateVerificationError
 	var authority x509.UnknownAuthorityError
+	var proxy *proxyError
+	var dial *net.OpError
 	switch {
+	case errors.As(err, &pause):
+		e.Class, e.temporary, e.retryAfter = errdefs.ErrResourceExhausted, true, pause.asked
+	case errors.As(err, &proxy):
+		e.proxyRefused(proxy)
+	case errors.As(err, &dial) && dial.Op == "proxyconnect": // net/http's word
+		e.temporary = true
+		e.Err = opaque(err)
+		e.Remedy = "is the proxy that HTTP_PROXY or HTTPS_PROXY names reachable from this node?"
 	case errors.Is(err, http.ErrSchemeMismatch):
 		e.Class = errdefs.ErrFailedPrecondition
 		e.Remedy = fmt.Sprintf("the registry speaks plain HTTP, not HTTPS: set plain_http = [%q]", r.host)
@@ -205,6 +221,24 @@ func (r *Repository) sendError(object string, err error) error {
 		e.Remedy = fmt.Sprintf("is the registry reachable from this node? for a plain HTTP registry set plain_http = [%q]", r.host)
 	}
 	return e
+}
+
+const proxyLogin = "the proxy wants credentials: write them into HTTP_PROXY and HTTPS_PROXY, http://user:password@proxy:port"
+
+// proxyRefused completes e with what a proxy answered to CONNECT. Tinyproxy says
+// 401 to a wrong password.
+func (e *Error) proxyRefused(err *proxyError) {
+	e.Status = err.status
+	switch err.status {
+	case http.StatusProxyAuthRequired, http.StatusUnauthorized:
+		e.Class, e.Remedy = errdefs.ErrFailedPrecondition, proxyLogin
+	case http.StatusForbidden, http.StatusMethodNotAllowed:
+		e.Class = errdefs.ErrFailedPrecondition
+		e.Remedy = "allow " + e.Registry + " and its port in the rules of the proxy, or add it to NO_PROXY"
+	default:
+		e.temporary = true
+		e.Remedy = "is the registry reachable from the proxy? if it is to be reached without one, add it to NO_PROXY"
+	}
 }
 
 // tokenRefused completes e with what the token service answered. 400 counts as

@@ -129,6 +129,34 @@ func TestRangeFails(t *testing.T) {
 	}
 }
 
+// TestSegmentErrorsAreFinal takes a relay's error answer for final, but not a lost
+// connection.
+func TestSegmentErrorsAreFinal(t *testing.T) {
+	for _, tc := range []struct {
+		name     string
+		effect   registrytest.Effect
+		requests int
+	}{
+		{"answer", registrytest.Status(503), 1},
+		{"no answer", registrytest.Truncate(0), 5},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			reg := registrytest.Start(t, registrytest.Options{})
+			data := random(1000)
+			id := digest.FromBytes(data)
+			reg.PushSegment("library/x", id, data)
+			reg.Fault("/segments/", 0, tc.effect)
+			rc, err := repository(t, newClient(t, fast()), reg).SegmentRange(t.Context(), id, 0, 100)
+			if _, err = readAll(t, rc, err); !errdefs.IsUnavailable(err) {
+				t.Errorf("error %v", err)
+			}
+			if n := len(reg.Requests("/segments/")); n != tc.requests {
+				t.Errorf("%d requests, want %d", n, tc.requests)
+			}
+		})
+	}
+}
+
 func isShort(err error) bool {
 	return errdefs.IsUnavailable(err) && errors.Is(err, io.ErrUnexpectedEOF)
 }

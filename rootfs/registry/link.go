@@ -90,16 +90,16 @@ func (c *Client) transport(h *Host, wait time.Duration) http.RoundTripper {
 	t := newTransport(cfg)
 	t.ResponseHeaderTimeout = wait
 	t.DialContext = boundedDial(cfg.Dial, cmp.Or(h.DialTimeout, dialTimeout))
-	var rt closer = t
+	var rt closer = newLanes(t)
 	if h.TLS != nil && (h.TLS.InsecureSkipVerify || len(h.TLS.Certificates) > 0) {
 		other := t.Clone()
 		other.TLSClientConfig.InsecureSkipVerify, other.TLSClientConfig.Certificates = false, nil
-		rt = split{closer: t, host: h.Name, other: other}
+		rt = split{closer: rt, host: h.Name, other: other}
 	}
 	if h.Upgrade {
 		rt = &upgrade{closer: rt, host: h.Name}
 	}
-	return tokenAnswers{rt}
+	return tokenAnswers{newRealms(paced{rt, &c.peers})}
 }
 
 // closer is a transport that has connections.

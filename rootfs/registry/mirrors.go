@@ -17,6 +17,8 @@ const downFor = 10 * time.Second
 // wants other credentials.
 const refusedFor = 30 * time.Second
 
+var errLate = errors.New("no byte for several times as long as usual, another request was faster")
+
 var errSlow = errors.New("no answer before the end of the time that the caller has")
 
 // each calls do with this repository at one host after the other, of those that

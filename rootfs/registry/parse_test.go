@@ -175,7 +175,9 @@ func TestNextPage(t *testing.T) {
 // with an error, as an io.Reader may.
 func TestReadKeepsBytesBeforeError(t *testing.T) {
 	body := io.NopCloser(iotest.DataErrReader(strings.NewReader("abc")))
-	rr := &rangeReader{ctx: t.Context(), body: body, piece: piece{off: 10, end: 20}}
+	r := &Repository{client: New(Config{}), host: "h", name: named(t), last: true}
+	rr := newRangeReader(t.Context(), r, piece{off: 10, end: 20})
+	rr.from, rr.body, rr.cancel = r, body, func() {}
 	p := make([]byte, 10)
 	n, err := rr.Read(p)
 	if string(p[:n]) != "abc" || err != nil || rr.piece.off != 13 || rr.body != nil {

@@ -11,11 +11,13 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"oras.land/oras-go/v2/registry/remote/auth"
 
+	"github.com/tatami-containers/tatami/rootfs/registry"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 )
 
@@ -246,4 +248,93 @@ func TestPullThrough(t *testing.T) {
 	if data, err := repo.Blob(t.Context(), layerDesc); err != nil || !bytes.Equal(data, layer) {
 		t.Errorf("blob: %v, %d bytes", err, len(data))
 	}
+}
+
+// TestPullThroughCold has the same mirror before it has a blob: it ignores Range
+// then, as Harbor does, and fetches the blob. The registry, which wants tokens
+// that only the mirror's settings have, is asked meanwhile where that is cheaper.
+func TestPullThroughCold(t *testing.T) {
+	origin := registrytest.Start(t, registrytest.Options{Auth: &registrytest.Auth{User: "user", Password: "secret"}})
+	blob := random(6 << 20)
+	img := origin.PushImage("library/x", "v1", registrytest.Image{Layers: []registrytest.Layer{{Blob: blob, MediaType: ocispec.MediaTypeImageLayer}}})
+	next := forward(t, origin.Host(), nil)
+	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/v2/" {
+			next.ServeHTTP(w, r)
+			return
+		}
+		w.Header().Set("Www-Authenticate", fmt.Sprintf("Bearer realm=\"http://%s/token\",service=\"registrytest\"", origin.Host()))
+		w.WriteHeader(http.StatusUnauthorized)
+	}))
+	defer front.Close()
+	mirror := startDistributionWith(t, fmt.Sprintf("proxy: {remoteurl: %q, username: user, password: secret}\n", front.URL))
+	table := fmt.Sprintf("[host.\"http://%s\"]\ncapabilities = [\"pull\", \"resolve\"]\n", mirror)
+	cfg := fast()
+	cfg.RetryMax = -1
+	withLogin := cfg
+	withLogin.Credentials = auth.StaticCredential(origin.Host(), auth.Credential{Username: "user", Password: "secret"})
+	layer := img.Layers[0]
+	read := func(cfg registry.Config, off int64) *mirrors {
+		t.Helper()
+		m := withMirrors(t, cfg, origin, table)
+		repo := repository(t, m.client, origin)
+		if desc, err := repo.Resolve(t.Context(), "v1"); err != nil || desc.Digest != img.Desc.Digest {
+			t.Fatalf("resolved %s: %v", desc.Digest, err)
+		}
+		rc, err := repo.Range(t.Context(), layer.Digest, off, 5000)
+		if got, err := readAll(t, rc, err); err != nil || !bytes.Equal(got, blob[off:off+5000]) {
+			t.Fatalf("range at %d: %v, %d bytes\n%s", off, err, len(got), &m.log)
+		}
+		return m
+	}
+	if m := read(withLogin, 5<<20); !strings.Contains(m.log.String(), "ignores Range headers") {
+		t.Errorf("the mirror was not cold:\n%s", &m.log)
+	}
+	if n := len(ranges(origin)); n != 1 {
+		t.Errorf("the registry was asked for %d ranges, want 1", n)
+	}
+	read(withLogin, 1000) // near the start: skipped
+	if n := len(ranges(origin)); n != 1 {
+		t.Errorf("the registry was asked for %d ranges, want 1", n)
+	}
+	waitPartial(t, "http://"+mirror+"/v2/library/x/blobs/"+layer.Digest.String())
+	origin.Reset()
+	read(cfg, 5<<20) // without credentials
+	if n := origin.BlobStats(layer.Digest).Bytes; n != 0 {
+		t.Errorf("the registry sent %d bytes of what the mirror has", n)
+	}
+	origin.Close()
+	read(cfg, 2<<20) // the tag, too
+}
+
+// ranges are the requests with a token for parts of blobs.
+func ranges(reg *registrytest.Server) (list []registrytest.Request) {
+	for _, r := range reg.Requests("/blobs/") {
+		if r.Range != "" && r.Authorization != "" {
+			list = append(list, r)
+		}
+	}
+	return list
+}
+
+// waitPartial waits until a server has ranges of what address names.
+func waitPartial(t *testing.T, address string) {
+	t.Helper()
+	for range 200 {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, address, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Range", "bytes=1-2")
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close() // its status is what counts
+		if resp.StatusCode == http.StatusPartialContent {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	t.Fatalf("%s has no ranges", address)
 }

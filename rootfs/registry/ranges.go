@@ -29,7 +29,8 @@ func (r *Repository) Range(ctx context.Context, dgst digest.Digest, off, n int64
 }
 
 // SegmentRange reads plain bytes [off, off+n) of the segment with this ID. Only
-// the host's relay has segments.
+// the host's relay has segments. It has asked a registry several times before it
+// answers with an error, so that is not tried again here.
 func (r *Repository) SegmentRange(ctx context.Context, id digest.Digest, off, n int64) (io.ReadCloser, error) {
 	return r.open(ctx, piece{kind: "segments", digest: id, off: off, end: end(off, n), size: -1})
 }
@@ -91,6 +92,15 @@ func (p piece) query() query {
 	return q
 }
 
+// final marks an error answer that whoever asks is not to try again.
+func (p piece) final(err error) error {
+	var e *Error
+	if p.kind == "segments" && errors.As(err, &e) && e.Status != 0 {
+		e.temporary = false
+	}
+	return err
+}
+
 func (p piece) object() string { return p.query().object() }
 
 func (r *Repository) open(ctx context.Context, p piece) (*rangeReader, error) {
@@ -100,11 +110,12 @@ func (r *Repository) open(ctx context.Context, p piece) (*rangeReader, error) {
 	if p.end < 0 {
 		return nil, r.fault(p.object(), errdefs.ErrInvalidArgument, errors.New("the range does not fit"))
 	}
-	rr := &rangeReader{ctx: ctx, repo: r, piece: p}
+	rr := newRangeReader(ctx, r, p)
 	if p.off == p.end {
 		return rr, nil
 	}
 	if err := rr.ask(); err != nil {
+		rr.hedge.close()
 		return nil, err
 	}
 	return rr, nil
@@ -119,7 +130,7 @@ func (r *Repository) ranged(ctx context.Context, p piece) (body io.ReadCloser, w
 	}
 	resp, err := r.sendRanged(ctx, p)
 	if err != nil {
-		return nil, false, err
+		return nil, false, p.final(err)
 	}
 	if resp.StatusCode == http.StatusOK {
 		body, err = r.skip(p, resp)
@@ -135,7 +146,7 @@ func (r *Repository) ranged(ctx context.Context, p piece) (body io.ReadCloser, w
 
 func (r *Repository) sendRanged(ctx context.Context, p piece) (*http.Response, error) {
 	q := p.query()
-	blob := r.url(q)
+	blob := targetKey(ctx, r.url(q))
 	if known := r.client.targets.get(blob); known != "" {
 		resp, err := r.sendTo(ctx, q, known, http.StatusOK, http.StatusPartialContent)
 		if err == nil || ctx.Err() != nil {

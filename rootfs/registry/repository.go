@@ -156,7 +156,9 @@ func (r *Repository) getManifest(ctx context.Context, ref string, algorithm dige
 	}
 	desc := ocispec.Descriptor{MediaType: mediaType(resp.Header), Digest: algorithm.FromBytes(data), Size: int64(len(data))}
 	if told != "" && desc.Digest != told {
-		return ocispec.Descriptor{}, nil, r.dataLoss(q.object(), "the manifest has digest %s, not %s", desc.Digest, told)
+		err := r.dataLoss(q.object(), "the manifest has digest %s, not %s", desc.Digest, told)
+		r.wrong(err)
+		return ocispec.Descriptor{}, nil, err
 	}
 	if !knownManifest(desc.MediaType) {
 		desc.MediaType = sniff(data, desc.MediaType)
@@ -211,7 +213,9 @@ func (r *Repository) blob(ctx context.Context, desc ocispec.Descriptor) ([]byte,
 		return nil, err
 	}
 	if got := desc.Digest.Algorithm().FromBytes(data.Bytes()); got != desc.Digest {
-		return nil, r.dataLoss(object, "its content has digest %s", got)
+		err := r.dataLoss(object, "its content has digest %s", got)
+		r.wrong(err)
+		return nil, err
 	}
 	return data.Bytes(), nil
 }

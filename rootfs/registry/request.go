@@ -61,10 +61,7 @@ func (r *Repository) send(ctx context.Context, q query, want ...int) (*http.Resp
 	a := r.attempt()
 	ctx = context.WithValue(ctx, attemptKey{}, a)
 	ctx = auth.AppendScopesForHost(ctx, r.host, auth.ScopeRepository(r.path(), auth.ActionPull))
-	resp, err := r.exchange(ctx, q, r.url(q), func(req *http.Request) (*http.Response, error) {
-		r.link.decorate(req)
-		return r.link.auth.Do(req)
-	}, want)
+	resp, err := r.exchange(ctx, q, r.url(q), r.do, want)
 	var e *Error
 	if errors.As(err, &e) && e.Status == http.StatusUnauthorized && a.renewable {
 		e.stale = true

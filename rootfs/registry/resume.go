@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
+
+	"github.com/containerd/errdefs"
 )
 
 // progress is how many bytes a resumed range must have brought for its
@@ -18,7 +21,10 @@ const progress = 256 << 10
 type rangeReader struct {
 	ctx      context.Context // of the Range call: it covers the reading as well
 	repo     *Repository
-	from     *Repository   // at the host that is read from
+	from     *Repository        // at the host that is read from
+	trip     *trip              // of body's request
+	cancel   context.CancelFunc // of body's request
+	hedge    hedge
 	piece    piece         // off moves with what was read
 	body     io.ReadCloser // nil when the rest has to be asked for
 	whole    bool          // body goes on to the end of the blob
@@ -27,15 +33,60 @@ type rangeReader struct {
 	err      error         // sticky
 }
 
+func newRangeReader(ctx context.Context, r *Repository, p piece) *rangeReader {
+	rr := &rangeReader{ctx: ctx, repo: r, piece: p}
+	rr.hedge.rr = rr
+	return rr
+}
+
 // ask requests what is left.
 func (rr *rangeReader) ask() error {
 	return rr.repo.each(rr.ctx, CanPull, func(one *Repository) error {
-		rr.from = one
-		return one.retry(rr.ctx, func() (err error) {
-			rr.body, rr.whole, err = one.ranged(rr.ctx, rr.piece)
-			return err
-		})
+		return one.retry(rr.ctx, func() error { return rr.askOne(one) })
 	})
+}
+
+// askOne requests it of one host. The answer may be another host's in the end.
+func (rr *rangeReader) askOne(one *Repository) error {
+	ctx, cancel := context.WithCancel(rr.ctx)
+	trip := &trip{avoid: -1}
+	one.client.peers.get(one.host).request()
+	rr.from, rr.whole = one, false
+	rr.hedge.begin(&wait{from: one, trip: trip, piece: rr.piece, cancel: cancel})
+	body, whole, err := one.ranged(withTrip(ctx, trip), rr.piece)
+	second := rr.hedge.end(err == nil)
+	if err == nil {
+		rr.body, rr.whole, rr.trip, rr.cancel = body, whole, trip, cancel
+		note(rr.ctx, one, rr.piece)
+	} else {
+		cancel()
+	}
+	if second != nil {
+		return rr.takeOver(second)
+	}
+	return err
+}
+
+// takeOver goes on with the second request of a race, which the first one lost.
+func (rr *rangeReader) takeOver(s *second) error {
+	rr.drop()
+	late := rr.from
+	often := late.client.peers.get(late.host).lost(time.Since(s.began))
+	if often && !late.last && s.from.host != late.host {
+		late.giveUp(late.fault(rr.piece.object(), errdefs.ErrUnavailable, errLate))
+	}
+	rr.from, rr.body, rr.whole, rr.trip, rr.cancel = s.from, s.body, s.whole, s.trip, s.cancel
+	note(rr.ctx, rr.from, rr.piece)
+	if rr.piece.off == rr.piece.end {
+		rr.whole = false // its body is not read, so its end says nothing
+		return nil
+	}
+	// What the first one still brought, when both did at the same time.
+	if _, err := io.CopyN(io.Discard, rr.body, rr.piece.off-s.off); err != nil {
+		rr.drop()
+		return rr.failed(noEOF(err))
+	}
+	return nil
 }
 
 // Read implements io.Reader.
@@ -67,13 +118,18 @@ func (rr *rangeReader) readBody(p []byte) (int, error) {
 		return 0, rr.ask()
 	}
 	p = p[:min(int64(len(p)), rr.piece.end-rr.piece.off)]
+	rr.hedge.begin(&wait{from: rr.from, trip: rr.trip, piece: rr.piece, cancel: rr.cancel})
 	n, err := rr.body.Read(p)
+	second := rr.hedge.end(n > 0)
 	rr.advance(n)
-	if rr.piece.off == rr.piece.end {
-		return n, rr.finish()
+	if second != nil {
+		err = rr.takeOver(second)
 	}
-	if err == nil {
-		return n, nil
+	switch {
+	case rr.piece.off == rr.piece.end:
+		return n, rr.finish()
+	case err == nil || second != nil:
+		return n, err
 	}
 	rr.drop()
 	if n > 0 {
@@ -113,6 +169,7 @@ func (rr *rangeReader) failed(err error) error {
 // finish ends the body when all was read, so that its connection can serve the
 // next range, and checks the size of a blob that came whole.
 func (rr *rangeReader) finish() error {
+	rr.from.client.peers.get(rr.from.host).finished()
 	if rr.whole && rr.piece.end == rr.piece.size {
 		if n, _ := io.CopyN(io.Discard, rr.body, 1); n > 0 { // an error here is the expected end
 			rr.err = rr.from.dataLoss(rr.piece.object(), "the registry has more than the %d bytes that the descriptor says", rr.piece.size)
@@ -126,11 +183,13 @@ func (rr *rangeReader) drop() {
 	if rr.body != nil {
 		_ = rr.body.Close() // nothing was written, and a resumed body has failed already
 		rr.body = nil
+		rr.cancel()
 	}
 }
 
 // Close ends the request. It must not run beside Read.
 func (rr *rangeReader) Close() error {
+	rr.hedge.close()
 	rr.drop()
 	if rr.err == nil {
 		rr.err = errors.New("read of a closed range")

@@ -42,11 +42,13 @@ func retryAfter(value string, now time.Time) time.Duration {
 }
 
 // retry calls do until it succeeds, fails for good, or has been repeated often
-// enough. It also holds requests back while the host asked for a pause.
+// enough. A mirror that has a pause is not waited for.
 func (r *Repository) retry(ctx context.Context, do func() error) error {
 	for n := 0; ; n++ {
-		if err := sleep(ctx, r.client.hosts.pause(r.host)); err != nil {
-			return err
+		if wait := r.client.peers.get(r.host).pause(); wait > 0 && !r.last {
+			e := r.fault("repository", errdefs.ErrResourceExhausted, errPause)
+			e.retryAfter = wait
+			return e
 		}
 		err := do()
 		if err == nil {
@@ -68,25 +70,29 @@ func (r *Repository) again(ctx context.Context, n int, err error) bool {
 	if (!e.temporary || !r.last) && (!e.stale || n > 0) {
 		return false // the next host is nearer than a mirror's recovery
 	}
-	wait := r.client.backoff(n)
-	if e.retryAfter >= 0 {
-		if e.retryAfter > maxRetryAfter {
-			e.Class = errdefs.ErrResourceExhausted
-			e.Remedy = "the registry asks to come back after " + e.retryAfter.String()
-			return false
-		}
-		wait = e.retryAfter
-		r.client.hosts.hold(r.host, wait)
+	if e.retryAfter > maxRetryAfter {
+		e.Class = errdefs.ErrResourceExhausted
+		e.Remedy = "the registry asks to come back after " + e.retryAfter.String()
+		return false
+	}
+	wait := backoff(r.client.cfg.RetryWait, n)
+	if e.refused {
+		wait = 0 // the host has a pause, which every request keeps
 	}
 	r.client.stats.retries.Add(1)
+	peer := r.client.peers.get(r.host)
+	peer.retries.Add(1)
+	if e.refused || errors.Is(e, errStalled) {
+		peer.slower()
+	}
 	r.client.log.Debug("registry request is tried again", "registry", r.host, "repository", r.Name(), "wait", wait, "error", err)
 	return sleep(ctx, wait) == nil
 }
 
 // backoff doubles with n and has half of itself as jitter, so that the ranges
 // that failed together do not come back together.
-func (c *Client) backoff(n int) time.Duration {
-	wait := min(c.cfg.RetryWait<<min(n, 16), maxBackoff)
+func backoff(first time.Duration, n int) time.Duration {
+	wait := min(first<<min(n, 16), maxBackoff)
 	return wait/2 + rand.N(wait/2+1)
 }
 
@@ -114,7 +120,6 @@ type hosts struct {
 }
 
 type hostState struct {
-	held      time.Time // no request before
 	down      time.Time // a mirror that is not asked before
 	rangeless time.Time // Range headers are ignored until
 }
@@ -134,14 +139,6 @@ func (h *hosts) set(host string, change func(*hostState)) {
 		h.known = map[string]hostState{}
 	}
 	h.known[host] = s
-}
-
-func (h *hosts) pause(host string) time.Duration {
-	return time.Until(h.get(host).held)
-}
-
-func (h *hosts) hold(host string, d time.Duration) {
-	h.set(host, func(s *hostState) { s.held = time.Now().Add(d) })
 }
 
 func (h *hosts) rangeless(host string) bool {

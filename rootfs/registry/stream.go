@@ -12,8 +12,8 @@ import (
 )
 
 // Open reads the whole blob that desc names as one ordered stream. A blob of
-// more than one Config.Chunk is fetched as several ranges at the same time; a
-// smaller one, and any blob of a registry without ranges, as one. Lost bodies
+// more than one Config.Chunk is fetched as several ranges at the same time, as
+// many as make it faster (window); a smaller one, and any blob of a registry without ranges, as one. Lost bodies
 // are resumed. The stream has exactly desc.Size bytes or ends with an error;
 // the caller checks the digest. Close ends all requests and waits for them.
 func (r *Repository) Open(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
@@ -47,8 +47,9 @@ func (r *Repository) openParallel(ctx context.Context, p piece) (io.ReadCloser, 
 		rr.piece.end = p.end
 		return &single{rangeReader: rr, cancel: cancel}, nil
 	}
-	s := &stream{ctx: ctx, cancel: cancel, repo: r, rest: p, chunk: r.client.cfg.Chunk}
+	s := &stream{ctx: ctx, cancel: cancel, repo: r, peer: r.client.peers.get(r.host), rest: p, chunk: r.client.cfg.Chunk}
 	s.rest.off = first.end
+	s.may() // always, for the first one
 	s.launch(rr, first)
 	return s, nil
 }
@@ -71,6 +72,7 @@ type stream struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	repo   *Repository
+	peer   *peer   // says how many ranges are worth it
 	rest   piece   // not asked for yet
 	chunk  int64   // bytes
 	parts  []*part // under way, by offset; the first one is being read
@@ -94,7 +96,15 @@ type part struct {
 func (s *stream) launch(rr *rangeReader, p piece) {
 	part := &part{buf: s.buffer(p.end - p.off), wake: make(chan struct{}, 1)}
 	s.parts = append(s.parts, part)
-	s.wg.Go(func() { s.fetch(part, rr, p) })
+	s.wg.Go(func() {
+		defer s.peer.give()
+		s.fetch(part, rr, p)
+	})
+}
+
+// may tells whether one more range is worth it, and takes it then.
+func (s *stream) may() bool {
+	return s.peer.take(s.repo.client.cfg.InFlight*streamsPerHost, len(s.parts) > 0)
 }
 
 // buffer returns n bytes, one chunk at most, used before if possible.
@@ -120,6 +130,7 @@ func (s *stream) fetch(dst *part, rr *rangeReader, p piece) {
 		n, err := rr.Read(dst.buf[filled:])
 		filled += n
 		dst.add(n, err)
+		s.peer.got(n)
 		if err != nil {
 			return
 		}
@@ -162,9 +173,9 @@ func (s *stream) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// fill keeps InFlight ranges under way.
+// fill keeps as many ranges under way as are worth it, InFlight at most.
 func (s *stream) fill() {
-	for len(s.parts) < s.repo.client.cfg.InFlight && s.rest.off < s.rest.end {
+	for len(s.parts) < s.repo.client.cfg.InFlight && s.rest.off < s.rest.end && s.may() {
 		next := s.rest
 		next.end = min(next.off+s.chunk, s.rest.end)
 		s.rest.off = next.end

@@ -206,7 +206,7 @@ func TestOpenClose(t *testing.T) {
 		if _, err := io.ReadFull(rc, make([]byte, 10)); err != nil {
 			t.Fatal(err)
 		}
-		for len(reg.Requests("/blobs/")) < 4 {
+		for len(reg.Requests("/blobs/")) < 2 {
 			time.Sleep(time.Millisecond)
 		}
 		if err := rc.Close(); err != nil {

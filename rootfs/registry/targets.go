@@ -17,7 +17,7 @@ const (
 // that a range costs one request and not two.
 type targets struct {
 	mu    sync.Mutex
-	known map[string]target // by the registry's URL of the blob; protected by mu
+	known map[string]target // by targetKey of the registry's URL of the blob; protected by mu
 }
 
 type target struct {

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -59,11 +60,31 @@ func newTransport(cfg Config) *http.Transport {
 	if cfg.Dial == nil {
 		proxy := httpproxy.FromEnvironment().ProxyFunc()
 		t.Proxy = func(req *http.Request) (*url.URL, error) { return proxy(req.URL) }
+		t.OnProxyConnectResponse = proxyAnswer
 	}
 	if cfg.TLS != nil {
 		t.TLSClientConfig = cfg.TLS.Clone()
 	}
 	return t
+}
+
+// proxyError is a proxy that does not connect to a registry.
+type proxyError struct {
+	proxy  string // "host:port"
+	status int    // of its answer to CONNECT
+}
+
+func (e *proxyError) Error() string {
+	return fmt.Sprintf("the proxy %s refuses to connect (HTTP status %d)", e.proxy, e.status)
+}
+
+// proxyAnswer implements http.Transport.OnProxyConnectResponse; net/http itself
+// would only give the words of the status.
+func proxyAnswer(_ context.Context, proxy *url.URL, _ *http.Request, resp *http.Response) error {
+	if resp.StatusCode == http.StatusOK {
+		return nil
+	}
+	return &proxyError{proxy: proxy.Host, status: resp.StatusCode}
 }
 
 type dialFunc func(ctx context.Context, network, addr string) (net.Conn, error)

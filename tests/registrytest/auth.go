@@ -25,6 +25,22 @@ func (s *Server) ExpireTokens() {
 	clear(s.tokens)
 }
 
+// SetPassword changes the password, as a rotation does; tokens stay valid.
+func (s *Server) SetPassword(password string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a := *s.opts.Auth
+	a.Password = password
+	s.opts.Auth = &a
+}
+
+// auth is what was set last; nil for a server that asks for nothing.
+func (s *Server) auth() *Auth {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.opts.Auth
+}
+
 // ExpireRedirects makes all redirect targets invalid.
 func (s *Server) ExpireRedirects() {
 	s.mu.Lock()
@@ -34,7 +50,7 @@ func (s *Server) ExpireRedirects() {
 
 // authorized checks a request and answers it with a challenge when it fails.
 func (s *Server) authorized(w http.ResponseWriter, r *http.Request, name string) bool {
-	a := s.opts.Auth
+	a := s.auth()
 	if a == nil {
 		return true
 	}
@@ -81,7 +97,7 @@ func expiry(ttl time.Duration) time.Time {
 
 // serveToken is the token service.
 func (s *Server) serveToken(w http.ResponseWriter, r *http.Request) {
-	a := s.opts.Auth
+	a := s.auth()
 	user, password, _ := r.BasicAuth()
 	if a == nil || user != a.User || password != a.Password {
 		refuse(w, http.StatusUnauthorized, "UNAUTHORIZED", "wrong user or password")

@@ -16,6 +16,10 @@ type effects struct {
 	delay    time.Duration
 	stall    *stall
 	truncate *int64
+	reset    bool // truncate by a reset of the connection
+	loop     bool
+	short    int64
+	extra    int64
 	corrupt  []int64
 	rate     int64
 	noRange  bool
@@ -52,6 +56,21 @@ func Stall(n int64, d time.Duration) Effect {
 
 // Truncate breaks the connection after n bytes of the body.
 func Truncate(n int64) Effect { return func(e *effects) { e.truncate = &n } }
+
+// Reset breaks the connection after n bytes of the body as a peer that died
+// does (RST), HTTP/1.1 only.
+func Reset(n int64) Effect { return func(e *effects) { e.truncate, e.reset = &n, true } }
+
+// Short leaves out the last n bytes of the body, which is else in order: it has
+// no Content-Length, and ends as it should.
+func Short(n int64) Effect { return func(e *effects) { e.short, e.chunked = n, true } }
+
+// Extra sends n bytes more than the answer is to have, and a Content-Length that
+// counts them.
+func Extra(n int64) Effect { return func(e *effects) { e.extra = n } }
+
+// Loop redirects to where the request went.
+func Loop() Effect { return func(e *effects) { e.status, e.loop = http.StatusTemporaryRedirect, true } }
 
 // Corrupt flips the bits of bytes, given by their offsets in the whole blob or
 // manifest. Offsets that the answer does not cover do nothing.

@@ -10,6 +10,8 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -91,6 +93,27 @@ func TestFaults(t *testing.T) {
 	if resp, _, _ := get(t, url, ""); resp.status != 429 || resp.header.Get("Retry-After") != "7" {
 		t.Errorf("status %d", resp.status)
 	}
+	reg.Fault("", 1, registrytest.Reset(100_001))
+	if _, body, err := get(t, url, ""); !errors.Is(err, syscall.ECONNRESET) || len(body) > 100_001 {
+		t.Errorf("reset: %d bytes, %v", len(body), err)
+	}
+	reg.Fault("", 1, registrytest.Short(7))
+	if _, body, err := get(t, url, "bytes=0-99"); err != nil || len(body) != 93 {
+		t.Errorf("short: %d bytes, %v", len(body), err)
+	}
+	reg.Fault("", 1, registrytest.Extra(7))
+	if resp, body, err := get(t, url, "bytes=0-99"); err != nil || len(body) != 107 || resp.header.Get("Content-Range") != "bytes 0-99/200000" {
+		t.Errorf("extra: %d bytes, %v", len(body), err)
+	}
+	end := reg.Fault("", 0, registrytest.Loop())
+	resp, err := http.Get(url)
+	if resp != nil {
+		resp.Body.Close()
+	}
+	if err == nil || !strings.Contains(err.Error(), "stopped after 10 redirects") {
+		t.Errorf("loop: %v", err)
+	}
+	end()
 	reg.Reset()
 	reg.Fault("", 1, registrytest.Slow(10<<20), registrytest.NoRange())
 	if resp, body, err := get(t, url, "bytes=0-9"); err != nil || resp.status != 200 || !bytes.Equal(body, data) {

@@ -3,6 +3,7 @@ package registrytest
 import (
 	"bytes"
 	"fmt"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -28,6 +29,9 @@ func (s *Server) reply(w http.ResponseWriter, r *http.Request, c content) {
 	for name, value := range e.header {
 		w.Header().Set(name, value)
 	}
+	if e.loop {
+		w.Header().Set("Location", r.URL.String())
+	}
 	if e.status != 0 {
 		c = content{status: e.status, code: "INJECTED"}
 	}
@@ -45,7 +49,11 @@ func (s *Server) reply(w http.ResponseWriter, r *http.Request, c content) {
 	if r.Method == http.MethodHead || status == http.StatusRequestedRangeNotSatisfiable {
 		return
 	}
-	s.send(w, r, c, c.data[off:off+n], off, e)
+	data := c.data[off : off+n]
+	if e.short > 0 || e.extra > 0 {
+		data = append(bytes.Clone(data[:max(n-e.short, 0)]), make([]byte, e.extra)...)
+	}
+	s.send(w, r, c, data, off, e)
 }
 
 // slice decides which part of the data goes out.
@@ -91,7 +99,7 @@ func (c content) head(h http.Header, off, n int64, status int, e effects) {
 		h.Set("Content-Range", fmt.Sprintf("bytes */%d", len(c.data)))
 	}
 	if !e.chunked {
-		h.Set("Content-Length", strconv.FormatInt(n, 10))
+		h.Set("Content-Length", strconv.FormatInt(n+e.extra, 10))
 	}
 }
 
@@ -113,6 +121,9 @@ func (s *Server) send(w http.ResponseWriter, r *http.Request, c content, data []
 		if e.truncate != nil {
 			if sent >= *e.truncate {
 				flush(w)
+				if e.reset {
+					reset(w)
+				}
 				panic(http.ErrAbortHandler) // closes the connection
 			}
 			end = min(end, *e.truncate)
@@ -130,6 +141,18 @@ func (s *Server) send(w http.ResponseWriter, r *http.Request, c content, data []
 			s.wait(r, time.Duration(int64(n)*int64(time.Second)/e.rate))
 		}
 	}
+}
+
+// reset has the kernel answer the client with RST.
+func reset(w http.ResponseWriter) {
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return // it is closed in the usual way
+	}
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0) // it is open
+	}
+	_ = conn.Close() // that is the reset
 }
 
 func flush(w http.ResponseWriter) {

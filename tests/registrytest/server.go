@@ -20,6 +20,7 @@ import (
 // anonymous, with ranges and the referrers API.
 type Options struct {
 	TLS      bool         // HTTPS with HTTP/2; clients need TLSConfig
+	HTTP1    bool         // HTTPS without HTTP/2
 	Listener net.Listener // nil is a free port of 127.0.0.1
 	Auth     *Auth        // nil is anonymous
 	// Redirect sends requests for blobs on to a second server at another port
@@ -94,21 +95,21 @@ func New(opts Options) *Server {
 		uploads: map[string][]byte{},
 	}
 	if opts.Redirect {
-		s.storage = serve(http.HandlerFunc(s.serveStorage), opts.TLS, nil)
+		s.storage = serve(http.HandlerFunc(s.serveStorage), opts, nil)
 	}
-	s.main = serve(http.HandlerFunc(s.serveRegistry), opts.TLS, opts.Listener)
+	s.main = serve(http.HandlerFunc(s.serveRegistry), opts, opts.Listener)
 	return s
 }
 
-func serve(h http.Handler, tls bool, l net.Listener) *httptest.Server {
+func serve(h http.Handler, opts Options, l net.Listener) *httptest.Server {
 	s := httptest.NewUnstartedServer(h)
 	s.Config.ErrorLog = log.New(io.Discard, "", 0) // the client's error tells more
 	if l != nil {
 		_ = s.Listener.Close() // never used
 		s.Listener = l
 	}
-	if tls {
-		s.EnableHTTP2 = true
+	if opts.TLS {
+		s.EnableHTTP2 = !opts.HTTP1
 		s.StartTLS()
 	} else {
 		s.Start()

@@ -1,7 +1,6 @@
 package hosts
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"slices"
@@ -37,26 +36,25 @@ type settings struct {
 	DialTimeout  string         `toml:"dial_timeout"`
 }
 
+// empty tells whether nothing is set.
+func (s settings) empty() bool {
+	return len(s.Capabilities) == 0 && s.CA == nil && s.Client == nil && s.SkipVerify == nil &&
+		len(s.Header) == 0 && !s.OverridePath && s.DialTimeout == ""
+}
+
 // parse reads the text of a hosts.toml. It does not look at what the values mean.
 func parse(text []byte) (*file, error) {
 	f := &file{}
-	err := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(f)
-	var missing *toml.StrictMissingError
-	switch {
-	case errors.As(err, &missing): // all the rest was decoded
-		for _, e := range missing.Errors {
-			f.unknown = append(f.unknown, strings.Join(e.Key(), "."))
-		}
-	case err != nil:
+	if err := toml.Unmarshal(text, f); err != nil {
 		return nil, explain(err)
 	}
-	if f.order, err = order(text); err != nil {
-		return nil, err
+	if err := f.walk(text); err != nil {
+		return nil, explain(err)
 	}
 	for name := range f.Hosts {
 		if !slices.Contains(f.order, name) {
 			// containerd does not see them: it looks for tables.
-			f.unknown = append(f.unknown, fmt.Sprintf("host.%q (write a table: [host.%q])", name, name))
+			f.notKnown(fmt.Sprintf("host.%q (write a table: [host.%q])", name, name))
 		}
 	}
 	slices.Sort(f.unknown)
@@ -74,26 +72,69 @@ func explain(err error) error {
 	return err
 }
 
-// order returns the names of the tables [host."name"] as they appear, which a
-// map does not keep.
-func order(text []byte) ([]string, error) {
-	var names []string
+// maxHosts bounds the hosts of one registry, and maxUnknown the keys that are told.
+const (
+	maxHosts   = 256
+	maxUnknown = 16
+)
+
+// walk finds what decoding into a struct does not keep: the order of the tables
+// [host."name"], and keys that nobody knows. The decoder's own way to tell of the
+// latter takes a time that grows with the square of their number.
+func (f *file) walk(text []byte) error {
 	var p unstable.Parser
 	p.Reset(text)
+	var table []string
 	for p.NextExpression() {
 		e := p.Expression()
-		if e.Kind != unstable.Table {
-			continue
+		key := []string{}
+		if e.Kind == unstable.KeyValue {
+			key = slices.Clone(table)
 		}
-		var key []string
 		for it := e.Key(); it.Next(); {
 			key = append(key, string(it.Node().Data))
 		}
-		if len(key) >= 2 && key[0] == "host" && !slices.Contains(names, key[1]) {
-			names = append(names, key[1])
+		if e.Kind != unstable.KeyValue {
+			table = key
+		}
+		if e.Kind == unstable.Table && len(key) >= 2 && key[0] == "host" && !slices.Contains(f.order, key[1]) {
+			if len(f.order) == maxHosts {
+				return fmt.Errorf("more than %d hosts", maxHosts)
+			}
+			f.order = append(f.order, key[1])
+		}
+		if !known(key) && (e.Kind != unstable.KeyValue || known(table)) {
+			f.notKnown(strings.Join(key, "."))
 		}
 	}
-	return names, p.Error()
+	return p.Error()
+}
+
+func (f *file) notKnown(key string) {
+	if len(f.unknown) < maxUnknown {
+		f.unknown = append(f.unknown, key)
+	}
+}
+
+// known tells whether a key, or a table, means something. Like the decoder it
+// takes any case.
+func known(key []string) bool {
+	if len(key) > 0 && strings.EqualFold(key[0], "host") {
+		if len(key) <= 2 {
+			return true
+		}
+		key = key[2:]
+	} else if len(key) == 1 && strings.EqualFold(key[0], "server") {
+		return true
+	}
+	if len(key) == 0 {
+		return true
+	}
+	switch strings.ToLower(key[0]) {
+	case "capabilities", "ca", "client", "skip_verify", "header", "override_path", "dial_timeout":
+		return true
+	}
+	return false
 }
 
 // texts is a value that may be one text or a list of them.

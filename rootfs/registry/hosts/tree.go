@@ -22,7 +22,10 @@ import (
 const (
 	// checkEvery is how often a tree is looked at, at most.
 	checkEvery = time.Second
-	// maxFile bounds hosts.toml and certificate files in bytes.
+	// maxText bounds hosts.toml in bytes. The parser takes a time that grows with
+	// the square of some texts, and requests wait for it.
+	maxText = 64 << 10
+	// maxFile bounds certificate files in bytes.
 	maxFile = 1 << 20
 	// maxRegistries bounds the cache; a full one starts again empty.
 	maxRegistries = 1024
@@ -152,7 +155,7 @@ func (t *Tree) dir(name string) (string, error) {
 
 // load reads the directory of a registry.
 func (t *Tree) load(name string, r *reader) ([]*registry.Host, error) {
-	text, err := r.read("hosts.toml")
+	text, err := r.readUpTo("hosts.toml", maxText)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
@@ -178,7 +181,28 @@ func (t *Tree) load(name string, r *reader) ([]*registry.Host, error) {
 	if err != nil {
 		return nil, err
 	}
+	if f.settings.empty() {
+		return withServer(list, last), nil
+	}
 	return append(list, last), nil
+}
+
+// withServer adds the host that is asked last and has no settings. Many write what
+// the registry itself needs, its authority above all, in a [host] of the same URL:
+// then that is meant, and asked with the patience that a mirror does not get.
+func withServer(list []*registry.Host, last *registry.Host) []*registry.Host {
+	for i, h := range list {
+		if h.Scheme != last.Scheme || h.Name != last.Name || h.Path != last.Path {
+			continue
+		}
+		if h.Capabilities == registry.CanAll && i == len(list)-1 {
+			return list
+		}
+		same := *h
+		same.Capabilities = registry.CanAll
+		return append(list, &same)
+	}
+	return append(list, last)
 }
 
 // server returns the host that is asked last.
@@ -231,7 +255,9 @@ type reader struct {
 	unknown []string
 }
 
-func (r *reader) read(name string) ([]byte, error) {
+func (r *reader) read(name string) ([]byte, error) { return r.readUpTo(name, maxFile) }
+
+func (r *reader) readUpTo(name string, limit int64) ([]byte, error) {
 	path := name
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(r.dir, name)
@@ -241,12 +267,12 @@ func (r *reader) read(name string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
-	if len(data) > maxFile {
-		return nil, fmt.Errorf("read %s: longer than %d bytes", path, maxFile)
+	if int64(len(data)) > limit {
+		return nil, fmt.Errorf("read %s: longer than %d bytes", path, limit)
 	}
 	_, _ = fmt.Fprintf(r.sum, "%q %d ", path, len(data)) // never fails
 	_, _ = r.sum.Write(data)                             // never fails

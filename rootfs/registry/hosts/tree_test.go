@@ -153,6 +153,24 @@ http://d.example:80/v2 1111 tls(ca false, certificates 0, skip true)
 http://e.example/v2 1111 tls(ca false, certificates 1, skip false) upgrade
 https://s.example/v2 0100
 `},
+		{"the registry itself as a host", "r.example", map[string]string{"r.example/hosts.toml": `
+server = "https://r.example"
+[host."https://m.example"]
+[host."https://r.example"]
+  skip_verify = true
+`}, "https://m.example/v2 1111\nhttps://r.example/v2 1111 tls(ca false, certificates 0, skip true)\n"},
+		{"the registry itself before a mirror", "r.example", map[string]string{"r.example/hosts.toml": `
+[host."https://r.example"]
+  skip_verify = true
+  capabilities = ["resolve"]
+[host."https://m.example"]
+`}, "https://r.example/v2 0010 tls(ca false, certificates 0, skip true)\nhttps://m.example/v2 1111\nhttps://r.example/v2 1111 tls(ca false, certificates 0, skip true)\n"},
+		{"a server with settings of its own", "r.example", map[string]string{"r.example/hosts.toml": `
+server = "https://r.example"
+skip_verify = false
+[host."https://r.example"]
+  skip_verify = true
+`}, "https://r.example/v2 1111 tls(ca false, certificates 0, skip true)\nhttps://r.example/v2 1111 tls(ca false, certificates 0, skip false)\n"},
 		{"docker's certificates", "r.example:5000", map[string]string{
 			"r.example:5000/a.crt": cert, "r.example:5000/b.cert": cert, "r.example:5000/b.key": key, "r.example:5000/c.cert": cert + key,
 		}, "https://r.example:5000/v2 1111 tls(ca true, certificates 2, skip false)\n"},
@@ -204,6 +222,8 @@ func TestMistakes(t *testing.T) {
 		{"header name", "[header]\n\"a b\" = \"x\"", `"a b"`},
 		{"dial timeout", `dial_timeout = "soon"`, "dial_timeout"},
 		{"negative dial timeout", `dial_timeout = "-1s"`, "dial_timeout"},
+		{"many hosts", manyHosts(maxHosts + 1), "more than 256 hosts"},
+		{"long", "# " + strings.Repeat("x", maxText), "longer than 65536 bytes"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -219,6 +239,41 @@ func TestMistakes(t *testing.T) {
 				t.Errorf("a secret in the log: %s", out)
 			}
 		})
+	}
+}
+
+func manyHosts(n int) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, "[host.\"h%d\"]\n", i)
+	}
+	return b.String()
+}
+
+func manyKeys(n int) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, "x%03d = 1\n", i)
+	}
+	return b.String()
+}
+
+// TestUnknown has keys that nobody knows, and as many as fit.
+func TestUnknown(t *testing.T) {
+	for _, tc := range []struct{ text, want string }{
+		{"server = \"a\"\nSkip_Verify = true\nheader = {a = \"b\"}\n[host.\"h\".header]\nc = \"d\"\n", ""},
+		{"sever = \"a\"\n[host.\"h\"]\nrewrite = 1\n", "host.h.rewrite,sever"},
+		{"[plugins.\"cri\"]\na = 1\nb = 2\n", "plugins.cri"},
+		{"[[host.\"h\".extra]]\na = 1\n[host.\"h\"]\ndial_timeout = \"1s\"", "host.h.extra"},
+		{"host.\"h\".ca = \"x\"\n", "host.\"h\" (write a table: [host.\"h\"])"},
+		{manyKeys(4 * maxUnknown), strings.Join(strings.Fields(strings.ReplaceAll(manyKeys(maxUnknown), " = 1", "")), ",")},
+	} {
+		f, err := parse([]byte(tc.text))
+		if err != nil {
+			t.Errorf("%q: %v", tc.text, err)
+		} else if got := strings.Join(f.unknown, ","); got != tc.want {
+			t.Errorf("%q: unknown %q, want %q", tc.text, got, tc.want)
+		}
 	}
 }
 
@@ -301,6 +356,8 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte("server = \"https://a\"\nca = [\"x\"]\n[host.\"https://b\"]\nclient = [[\"a\", \"b\"]]\n[host.\"https://b\".header]\nx = [\"y\"]\n"))
 	f.Add([]byte("[host]\n\"https://a\" = {capabilities = [\"pull\"]}\n"))
 	f.Add([]byte("header = {a = \"\\u0000\"}\nunknown = 1\n"))
+	f.Add([]byte(manyKeys(100)))           // thousands took minutes once
+	f.Add([]byte(manyHosts(maxHosts + 1))) // as well
 	f.Fuzz(func(t *testing.T, text []byte) {
 		p, err := parse(text)
 		if err != nil {
