@@ -124,7 +124,7 @@ func (m *Mounter) serve(lw *lower, undo *undoStack) error {
 		close(lw.released) // it never was with the session
 		return nil
 	}
-	if err := m.server.Add(imagefs.Node{ID: lw.rec.Node, Name: lw.rec.Name, File: lw.file}); err != nil {
+	if err := m.server.Add(imagefs.Node{ID: lw.rec.Node, Name: lw.rec.Name, Reference: lw.rec.Reference, File: lw.file}); err != nil {
 		return err
 	}
 	undo.push(func(context.Context) error { m.server.Remove(lw.rec.Node); return nil })

@@ -60,7 +60,7 @@ func (m *Mounter) expose(manifest digest.Digest, reference string, f File) (stri
 }
 
 func (m *Mounter) addRaw(lw *lower) error {
-	if err := m.server.Add(imagefs.Node{ID: lw.rec.Node, Name: lw.rec.Name, File: lw.file, Cached: true}); err != nil {
+	if err := m.server.Add(imagefs.Node{ID: lw.rec.Node, Name: lw.rec.Name, Reference: lw.rec.Reference, File: lw.file, Cached: true}); err != nil {
 		return err
 	}
 	m.mu.Lock()

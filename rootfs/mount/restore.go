@@ -84,7 +84,7 @@ func (m *Mounter) restoreImage(img imageRecord, mounts mountTable, records []Rec
 		close(lw.released)
 	} else {
 		lw.file = m.reopen(img, records, open)
-		if err := m.server.Add(imagefs.Node{ID: img.Node, Name: img.Name, File: lw.file, Sealed: true}); err != nil {
+		if err := m.server.Add(imagefs.Node{ID: img.Node, Name: img.Name, Reference: img.Reference, File: lw.file, Sealed: true}); err != nil {
 			return err
 		}
 	}

@@ -10,10 +10,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// settle is how long WatchMounts waits after a change: containers come and go
-// with several mounts each.
-const settle = 50 * time.Millisecond
-
 // WatchMounts sweeps whenever the kernel's mount table changes, until ctx is
 // done (nil). It is for callers that unmount a target by themselves, as the
 // Kata agent does.
@@ -42,6 +38,7 @@ func (m *Mounter) WatchMounts(ctx context.Context) error {
 }
 
 func (m *Mounter) watch(ctx context.Context, fds []unix.PollFd) error {
+	var pace Pace
 	for {
 		_, err := unix.Poll(fds, -1)
 		switch {
@@ -55,10 +52,12 @@ func (m *Mounter) watch(ctx context.Context, fds []unix.PollFd) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(settle):
+		case <-time.After(pace.Wait()):
 		}
-		if _, err := m.Sweep(ctx); err != nil {
-			m.logUndone("release unmounted images", err)
-		}
+		pace.Time(func() {
+			if _, err := m.Sweep(ctx); err != nil {
+				m.logUndone("release unmounted images", err)
+			}
+		})
 	}
 }

@@ -33,6 +33,15 @@ func (b bitmap) clone() bitmap {
 	return out
 }
 
+func (b bitmap) empty() bool {
+	for i := range b {
+		if b[i].Load() != 0 {
+			return false
+		}
+	}
+	return true
+}
+
 func (b bitmap) clear(i int) { b[i/64].And(^uint64(1 << (i % 64))) }
 
 // The bitmap file, little-endian: magic, version and flags (4 bytes each, flags

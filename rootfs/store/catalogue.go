@@ -22,15 +22,26 @@ func (s *Store) OpenImage(ctx context.Context, img *index.Image, sources []Sourc
 	if err := errors.Join(ctx.Err(), img.Validate()); err != nil {
 		return nil, fmt.Errorf("open image %s: %w", img.Manifest, err)
 	}
+	i, err := s.makeImage(img, sources)
+	if s.awaitRoom(ctx, err) {
+		i, err = s.makeImage(img, sources)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open image %s: %w", img.Manifest, err)
+	}
+	return i, nil
+}
+
+func (s *Store) makeImage(img *index.Image, sources []Source) (*Image, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r := newRecord(img)
 	if err := s.persist(&r, img); err != nil {
-		return nil, fmt.Errorf("open image %s: %w", img.Manifest, err)
+		return nil, err
 	}
 	i, err := s.openImage(r, img.Segments)
 	if err != nil {
-		return nil, fmt.Errorf("open image %s: %w", img.Manifest, err)
+		return nil, err
 	}
 	return s.newImage(i, sources), nil
 }

@@ -23,6 +23,7 @@
 //	                                        verified, not kept       absent (bytes delivered)
 //	                                        no source could give it  absent (error delivered)
 //	present   bit 1, no link                Remove                   absent
+//	                                        it makes way             absent
 //	                                        its sync failed          absent
 //	                                        found rotten             absent
 //	                                        share, after Ingest      present, linked
@@ -100,6 +101,35 @@
 // remembered as delivered, and windows leave it out, until it is asked for again,
 // which says that the page cache has lost it and probably its neighbours.
 //
+// # Making way
+//
+// With Config.Quota, or when the disk is full, bytes make way: above the high
+// watermark, down to the low one, in the background, and with a pause for demand reads
+// as long as there is room for what these bring. What makes way is chosen by package
+// replace among the extents of all segments, runs of 8 MiB; a handle is one use of
+// what was read through it, which counts when it is closed, for targets of links
+// too. Segments that somebody has open are left alone, and those of pinned images,
+// those that were ingested for an image to come, and the chunks that links of all
+// these lead to; a complete file makes way as a whole, by its name, so that whoever has
+// it open reads on. Images stay known: their bytes are fetched again where they are
+// read. When nothing may make way, chunks are delivered and not kept, as on a full
+// disk. An Ingest waits for room, once, and is not refused.
+//
+// An extent goes in this order: no new link to the segment can be made and none that
+// counts leads to its chunks (Store.linking); their bits go, in memory and in state
+// files, then the epoch changes; the bits on disk are durable without them; their bytes
+// are punched. Only the first step is done under Store.mu: the image may be opened
+// again meanwhile, and whoever then fetches one of the chunks waits, before it is
+// written, until the punching is over (segment.filling). When the disk is too full for
+// a new file of bits, the old one is removed instead. A crash between the steps leaves
+// bytes that no bit speaks of, which the next eviction of the extent gives back.
+//
+// What a store takes of the disk is counted as it is kept and corrected with st_blocks
+// whenever a segment is flushed. How extents were used is written beside the bits, is
+// never synced, and may be lost: then they are colder than they were. Open reads none
+// of this; it is collected in the background from directory entries and use files,
+// without tables.
+//
 // # Other processes
 //
 // [Image.Share] gives a segment's own chunks to another process, by descriptors of
@@ -120,6 +150,7 @@
 //	segments/<hex>.links   which chunks are read from other segments
 //	segments/<hex>.bits    which chunks of .data are there
 //	segments/<hex>.home    the bytes live in an image's .erofs instead
+//	segments/<hex>.use     what its extents have, and how they were used
 //	shared/<hex>.<n>       state file of an open segment; killed and removed at Open
 //
 // # Locks
@@ -127,8 +158,9 @@
 //	Store.mu (what is open, what is on disk; held over file operations, never by
 //	          reads, but by a fetch that links to a segment for the first time)
 //	  segment.flushMu (what is on disk of one segment, durable; held over I/O)
+//	    segment.filling (that a chunk which is written is not punched; held over I/O)
 //	    Store.linking (that what is about to go gets no new links)
 //	      segment.mu (claims, waiters, readahead, links, changes of bits; never held
 //	                  over I/O, but for page faults of a state file)
-//	        handle.mu, memory.mu, known.mu (leaves)
+//	        handle.mu, memory.mu, known.mu, usage.mu, room.mu (leaves)
 package store

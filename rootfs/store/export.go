@@ -60,6 +60,7 @@ func (i *Image) Share(k int) (*Share, error) {
 	if err != nil {
 		return nil, fmt.Errorf("share segment %d of %s: %w", k, i.h.what, err)
 	}
+	i.h.views[k].noteAll()
 	return out, nil
 }
 

@@ -81,7 +81,7 @@ const (
 
 // memoryDir is a directory of a filesystem without disk, so that there are many
 // rounds in little time, or else any.
-func memoryDir(t *testing.T) string {
+func memoryDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "tatami-") //nolint:usetesting // t.TempDir is on a disk
 	if err != nil {

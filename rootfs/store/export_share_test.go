@@ -356,6 +356,8 @@ func TestShareOutlivesStore(t *testing.T) {
 	}
 	s.KeepShares()
 	check(t, i.Close())
+	s.Press() // nothing makes way any more
+	settle(t, s)
 	if n := mapped(t, seg, plain); n != miB {
 		t.Errorf("%d KiB mapped of an image that was closed before the store", n/kiB)
 	}

@@ -1,8 +1,16 @@
 package store
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/store/replace"
 )
 
 // SetFillPatience changes how long Fill waits for demand reads.
@@ -31,4 +39,82 @@ func (s *Store) Known() int {
 	s.known.mu.Lock()
 	defer s.known.mu.Unlock()
 	return len(s.known.places)
+}
+
+// OpenExtents is Open with extents of another length in bytes.
+func OpenExtents(cfg Config, extent int64) (*Store, error) { return open(cfg, extent, (*os.File).Sync) }
+
+// Surveyed waits until what takes the disk is known.
+func (s *Store) Surveyed() { <-s.surveyed }
+
+// Look has the store look whether bytes have to go, and reports when that is done.
+func (s *Store) Look() <-chan struct{} {
+	round := s.room.next()
+	s.wakeRoom()
+	return round
+}
+
+// Settled says whether nothing is to be given up: there is no need or nothing may go.
+func (s *Store) Settled() bool { return s.excess() == 0 || s.room.stuck.Load() }
+
+// Stuck says whether nothing may be given up.
+func (s *Store) Stuck() bool { return s.room.stuck.Load() }
+
+// Press is as if the disk were full.
+func (s *Store) Press() { s.full(unix.ENOSPC) }
+
+// Extents is how many extents are known.
+func (s *Store) Extents() (n int) {
+	s.usage.mu.Lock()
+	defer s.usage.mu.Unlock()
+	for _, g := range s.usage.segments {
+		n += len(g.extents)
+	}
+	return n
+}
+
+// Simulate makes the files of a store with images of so many segments, each of size
+// bytes that all are there as far as the files say. Their tables are no tables: who
+// reads one fails.
+func Simulate(dir string, images, segments int, size int64) error {
+	l := layout(dir)
+	if err := l.make(); err != nil {
+		return err
+	}
+	extents := make([]replace.Extent, size/extentSize)
+	for i := range extents {
+		extents[i] = replace.Extent{Bytes: extentSize, Last: uint32(i + 1), Level: replace.Protected}
+	}
+	use := encodeUse(extents, extentSize)
+	for n := range images {
+		name := fmt.Sprint("image ", n)
+		r := record{Version: recordVersion, Manifest: digest.FromString(name), Bootstrap: digest.FromString(name), BootSize: index.BlockSize}
+		for k := range segments {
+			id := digest.FromString(fmt.Sprint(n, ":", k))
+			r.Segments = append(r.Segments, recordSegment{ID: id, Layer: id, Size: size})
+			err := errors.Join(os.WriteFile(l.segment(id, dataFile), nil, 0o600), os.Truncate(l.segment(id, dataFile), size),
+				os.WriteFile(l.segment(id, tableFile), []byte("no table"), 0o600), os.WriteFile(l.segment(id, useFile), use, 0o600))
+			if err != nil {
+				return err
+			}
+		}
+		data, err := encodeRecord(&r)
+		if err == nil {
+			err = os.WriteFile(l.image(r.Manifest, recordFile), data, 0o600)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// OpenSyncing is OpenExtents with another way to sync the data of segments.
+func OpenSyncing(cfg Config, extent int64, sync func(*Store, *os.File) error) (s *Store, err error) {
+	opened := make(chan struct{})
+	defer close(opened)
+	return open(cfg, extent, func(f *os.File) error {
+		<-opened
+		return sync(s, f)
+	})
 }

@@ -24,13 +24,21 @@ type fetch struct {
 	// next changes only in run's goroutine; others read both under segment.mu.
 	next, stop int
 
-	down   bool // the last attempt failed because no source works; run's goroutine only
+	// Why the last attempt failed; run's goroutine only.
+	down   bool // a source does not work at present
+	wrong  bool // a source gave wrong bytes
+	blamed bool // it asks somebody else the next time
+
 	paused bool // waits until sources work again; protected by segment.mu
 }
 
 // maxBad is after how many chunks with wrong bytes from all sources a fetch
 // gives up the rest of its run.
 const maxBad = 4
+
+// maxWrong is how often a reader's fetch asks for a chunk of which it gets wrong
+// bytes: what spoiled them on their way may have passed.
+const maxWrong = 3
 
 func (f *fetch) run() {
 	defer f.v.h.s.stats.fetches.Add(-1)
@@ -39,13 +47,19 @@ func (f *fetch) run() {
 		f.link()
 	}
 	var o outage
-	for bad := 1; f.more(); {
+	for bad, wrong := 1, 1; f.more(); {
+		before := f.next
 		err := f.attempt()
+		if f.next > before {
+			wrong = 1
+		}
 		switch {
 		case err == nil:
 		case f.endure(&o):
-		case errdefs.IsDataLoss(err) && bad < maxBad:
-			bad++
+		case f.wrong && f.by != nil && wrong < maxWrong:
+			wrong++
+		case f.wrong && bad < maxBad:
+			bad, wrong = bad+1, 1
 			f.fail(err) // the chunks behind it may be good
 		default:
 			f.abandon(err)
@@ -57,7 +71,7 @@ func (f *fetch) run() {
 // than that.
 func (f *fetch) attempt() error {
 	h := f.v.h
-	f.down = false
+	f.down, f.wrong = false, false
 	if h.ctx.Err() != nil {
 		return h.errClosed()
 	}
@@ -95,7 +109,7 @@ func (f *fetch) fromAny(buf []byte) error {
 			return nil
 		}
 		if stuck {
-			f.down = allDown(errs)
+			f.down, f.wrong = causes(errs)
 			c := f.v.seg.table.Chunks[f.next]
 			return exhausted(fmt.Sprintf("chunk at %d of segment %s", c.Off, f.v.seg.id), errs)
 		}
@@ -121,15 +135,28 @@ func (f *fetch) round(buf []byte) (errs []error, stuck bool) {
 	return errs, true
 }
 
-// from asks one source, again as long as it gives chunks before it breaks off.
+// maxBlames is how often a source that knows where else to ask is asked again for one
+// chunk.
+const maxBlames = 8
+
+// from asks one source, again as long as it gives chunks before it breaks off, and
+// while wrong bytes lead it elsewhere.
 func (f *fetch) from(src *source, buf []byte) error {
-	for {
+	for blames := 0; ; {
 		before := f.next
+		f.blamed = false
 		err := f.stream(src, buf)
 		if f.v.h.ctx.Err() == nil {
 			src.note(err)
 		}
-		if err == nil || f.next == before || !errors.Is(err, io.ErrUnexpectedEOF) {
+		cut := f.next > before && errors.Is(err, io.ErrUnexpectedEOF)
+		if f.next > before {
+			blames = 0
+		}
+		if f.blamed {
+			blames++
+		}
+		if err == nil || !cut && (!f.blamed || blames > maxBlames) {
 			return err
 		}
 	}
@@ -161,11 +188,19 @@ func (f *fetch) stream(src *source, buf []byte) error {
 	for f.more() {
 		c := chunks[f.next]
 		if err := f.chunk(r, c.Off-at, buf[:c.Len]); err != nil {
+			f.blame(body, err)
 			return causeOf(ctx, err)
 		}
 		at = c.End()
 	}
 	return nil
+}
+
+// blame tells the body that its bytes are wrong, when that is what err says.
+func (f *fetch) blame(body io.Reader, err error) {
+	if b, ok := body.(Blamer); ok && errdefs.IsDataLoss(err) {
+		f.blamed = b.Blame(err)
+	}
 }
 
 // causeOf prefers why ctx was cancelled to how the source put it.
@@ -234,6 +269,8 @@ func (w *watched) Read(p []byte) (int, error) {
 // next, copies them to everyone who waits and gives up the claim.
 func (f *fetch) deliver(b []byte) {
 	g, i := f.v.seg, f.next
+	g.filling.RLock() // what is written here is not punched
+	defer g.filling.RUnlock()
 	lost := g.lost.Load()
 	written, err := g.keep(i, b)
 	g.mu.Lock()

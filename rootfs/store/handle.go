@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 )
 
 // handle is what one user of an image or a segment brings along: sources and a
@@ -17,6 +18,7 @@ type handle struct {
 	cancel  context.CancelFunc
 	views   []view // one for each segment, by rising offset
 	drop    func() // gives back what was opened; called with Store.mu held
+	batch   atomic.Bool
 
 	mu     sync.Mutex
 	closed bool           // protected by mu; no fetch starts any more
@@ -63,6 +65,7 @@ func (h *handle) close() {
 		h.mu.Unlock()
 		h.cancel()
 		h.wg.Wait()
+		h.noteUse()
 		for i := range h.views {
 			h.views[i].seg.flush()
 		}

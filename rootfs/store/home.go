@@ -44,6 +44,7 @@ func (g *segment) openHome() error {
 	if err := g.loadBits(f); err != nil {
 		return errors.Join(err, f.Close())
 	}
+	g.account()
 	return nil
 }
 
@@ -67,11 +68,19 @@ func (g *segment) openTenancy() (*home, error) {
 	if err != nil {
 		return nil, err
 	}
-	var t tenancy
-	if err := json.Unmarshal(data, &t); err != nil || t.Version != 1 {
-		return nil, fmt.Errorf("read home of segment: unknown content: %w", errdefs.ErrDataLoss)
+	t, err := decodeTenancy(data)
+	if err != nil {
+		return nil, err
 	}
 	return g.s.homeIn(t.Image, g)
+}
+
+func decodeTenancy(data []byte) (tenancy, error) {
+	var t tenancy
+	if err := json.Unmarshal(data, &t); err != nil || t.Version != 1 {
+		return t, fmt.Errorf("read home of segment: unknown content: %w", errdefs.ErrDataLoss)
+	}
+	return t, nil
 }
 
 // homeIn opens the image's complete file as home of one of its segments. It
@@ -156,10 +165,12 @@ func (g *segment) flush() {
 		return
 	}
 	err := g.flushBits()
+	g.account()
 	if err == nil {
 		return
 	}
 	g.dirty.Store(true)
+	g.s.full(err)
 	if !errors.Is(err, errUnsynced) { // which drop has reported
 		g.s.log.Warn("what was fetched may be fetched again after a restart", "segment", g.id, "err", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
 )
@@ -18,6 +19,7 @@ type Ingest struct {
 	f    *os.File // in tmp; nil after Commit or Abort
 	w    *bufio.Writer
 	size int64 // bytes taken, zeros included
+	held int64 // of those, bytes that count as the store's until Commit or Abort
 }
 
 const ingestBuffer = 256 << 10
@@ -32,7 +34,35 @@ func (s *Store) Ingest() (*Ingest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ingest a segment: %w", err)
 	}
-	return &Ingest{s: s, f: f, w: bufio.NewWriterSize(f, ingestBuffer)}, nil
+	n := &Ingest{s: s, f: f}
+	n.w = bufio.NewWriterSize(roomy{n}, ingestBuffer)
+	return n, nil
+}
+
+// roomy writes to the file of an Ingest. What it writes counts as the store's; when
+// the disk or the quota is full, it has bytes given up and waits for that.
+type roomy struct{ n *Ingest }
+
+func (r roomy) Write(p []byte) (int, error) {
+	s := r.n.s
+	if s.exceeded(int64(len(p))) {
+		s.awaitRoom(s.ctx, unix.EDQUOT) // what is ingested may exceed the quota even so
+	}
+	m, err := r.write(p)
+	for err != nil && s.awaitRoom(s.ctx, err) {
+		var k int
+		k, err = r.write(p[m:])
+		m += k
+	}
+	return m, err
+}
+
+func (r roomy) write(p []byte) (int, error) {
+	m, err := r.n.f.Write(p)
+	r.n.held += int64(m)
+	r.n.s.usage.used.Add(int64(m))
+	r.n.s.checkRoom()
+	return m, err
 }
 
 // Write takes the next bytes.
@@ -137,6 +167,8 @@ func (n *Ingest) takeOver(g *segment) error {
 
 // Abort drops what was written. After Commit it does nothing.
 func (n *Ingest) Abort() {
+	n.s.usage.used.Add(-n.held)
+	n.held = 0
 	if n.f == nil {
 		return
 	}

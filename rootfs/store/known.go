@@ -38,6 +38,13 @@ func sharable(t *index.Table, i int) bool {
 
 func keyOf(t *index.Table, i int) uint64 { return binary.LittleEndian.Uint64(t.Chunks[i].Sum[:]) }
 
+// full says that there is no room for more.
+func (k *known) full() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.places) >= k.limit
+}
+
 // add enters chunk i of segment id unless the same chunk is known elsewhere or
 // there is no room.
 func (k *known) add(id index.ID, t *index.Table, i int) {

@@ -39,6 +39,7 @@ const (
 	bitsFile   = ".bits"
 	homeFile   = ".home"
 	linksFile  = ".links"
+	useFile    = ".use"
 )
 
 func (l layout) make() error {

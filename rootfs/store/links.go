@@ -2,6 +2,7 @@ package store
 
 import (
 	"fmt"
+	"slices"
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
@@ -14,8 +15,8 @@ import (
 // ever, because the tables of both say that the chunks are equal; whether the
 // target has the chunk at present, its bit says, which every read looks at.
 type links struct {
-	targets []*segment      // immutable
-	at      []atomic.Uint64 // for each chunk: number of the target plus one, and in the low 32 bits the chunk there; 0 is none
+	targets atomic.Pointer[[]*segment] // grows, with Store.mu and segment.mu held; a list that was loaded does not change
+	at      []atomic.Uint64            // for each chunk: number of the target plus one, and in the low 32 bits the chunk there; 0 is none
 }
 
 // get returns where chunk i is; t is nil when it is not linked.
@@ -23,12 +24,14 @@ func (l *links) get(i int) (t *segment, chunk int) {
 	if l == nil {
 		return nil, 0
 	}
-	v := l.at[i].Load()
+	v := l.at[i].Load() // before the targets: that of a link is among them
 	if v == 0 {
 		return nil, 0
 	}
-	return l.targets[v>>32-1], int(uint32(v))
+	return l.target(int(v>>32 - 1)), int(uint32(v))
 }
+
+func (l *links) target(n int) *segment { return (*l.targets.Load())[n] }
 
 // linked says whether chunk i is read from a target.
 func (g *segment) linked(i int) bool {
@@ -111,7 +114,7 @@ func (g *segment) checkLinks() {
 // targetNumber returns the number that a target has in the links, or -1.
 func (l *links) targetNumber(id index.ID) int {
 	if l != nil {
-		for n, t := range l.targets {
+		for n, t := range *l.targets.Load() {
 			if t.id == id {
 				return n
 			}
@@ -133,8 +136,8 @@ func (g *segment) target(id index.ID) (int, error) {
 
 // addTarget does target's work. Precondition: Store.mu is held and g has users.
 func (g *segment) addTarget(id index.ID) (int, error) {
-	old := g.links.Load()
-	if n := old.targetNumber(id); n >= 0 {
+	l := g.links.Load()
+	if n := l.targetNumber(id); n >= 0 {
 		return n, nil
 	}
 	t := g
@@ -144,16 +147,17 @@ func (g *segment) addTarget(id index.ID) (int, error) {
 			return 0, err
 		}
 	}
-	l := &links{targets: []*segment{t}}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if old == nil {
-		l.at = make([]atomic.Uint64, len(g.table.Chunks))
-	} else {
-		l.targets, l.at = append(old.targets[:len(old.targets):len(old.targets)], t), old.at
+	if l == nil {
+		l = &links{at: make([]atomic.Uint64, len(g.table.Chunks))}
+		l.targets.Store(&[]*segment{t})
+		g.links.Store(l)
+		return 0, nil
 	}
-	g.links.Store(l)
-	return len(l.targets) - 1, nil
+	more := append(slices.Clone(*l.targets.Load()), t)
+	l.targets.Store(&more)
+	return len(more) - 1, nil
 }
 
 // openTarget opens a segment that chunks are read from, if it has a past. Its
@@ -194,7 +198,7 @@ func (g *segment) dropLinks() []*segment {
 	}
 	g.nextEpoch()
 	g.links.Store(nil)
-	return l.targets
+	return *l.targets.Load()
 }
 
 // loadLinks takes over the links that were flushed, those whose targets have
@@ -220,7 +224,7 @@ func (g *segment) loadLinks() {
 func (g *segment) takeLinks(n int, pairs []linkPair) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	t := g.links.Load().targets[n]
+	t := g.links.Load().target(n)
 	for _, p := range pairs {
 		i, j := int(p.chunk), int(p.target)
 		if g.bits.has(i) || !sameChunk(g.table, i, t.table, j) || !t.owns(j) {

@@ -155,8 +155,9 @@ func (g *segment) linkFile() *linkFile {
 	if l == nil {
 		return f
 	}
-	f.targets = make([]linkTarget, len(l.targets))
-	for n, t := range l.targets {
+	targets := *l.targets.Load()
+	f.targets = make([]linkTarget, len(targets))
+	for n, t := range targets {
 		f.targets[n].id = t.id
 	}
 	for i := range l.at {

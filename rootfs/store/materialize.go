@@ -69,7 +69,10 @@ func (i *Image) build(ctx context.Context, name string) error {
 	if err == nil {
 		err = f.Sync()
 	}
-	return i.h.s.dir.place(f, name, err)
+	if err = i.h.s.dir.place(f, name, err); err == nil {
+		i.h.s.usage.setWhole(i.Manifest(), diskUsage(name))
+	}
+	return err
 }
 
 // copyTo copies the complete segment to f at off, once more when chunks went, or

@@ -10,7 +10,7 @@ import (
 func (s *Store) newImage(i *image, sources []Source) *Image {
 	h := s.newHandle("image "+i.record.Manifest.String(), sources)
 	for k, g := range i.segments {
-		h.views = append(h.views, view{h: h, seg: g, desc: &i.index[k]})
+		h.views = append(h.views, view{h: h, seg: g, desc: &i.index[k], read: g.newRead()})
 	}
 	h.drop = func() { s.releaseImage(i) }
 	return &Image{h: h, image: i, size: i.record.size()}
@@ -81,6 +81,7 @@ func (s *Store) useSegment(id index.ID, t *index.Table) (*segment, error) {
 func (s *Store) unuseSegment(g *segment) {
 	if g.users--; g.users == 0 {
 		g.flush()
+		s.retry()
 		for _, t := range g.dropLinks() {
 			if t != g {
 				s.releaseSegment(t)
@@ -103,6 +104,7 @@ func (s *Store) openSegment(id index.ID, t *index.Table) (*segment, error) {
 	g := newSegment(s, id, t)
 	g.endLeft() // before any byte may go
 	if s.cfg.Keep {
+		g.use = s.useOf(id, t.Size)
 		if err := g.openHome(); err != nil {
 			return nil, fmt.Errorf("segment %s: %w", id, err)
 		}

@@ -14,8 +14,8 @@ const (
 	maxRetry   = 2 * time.Second
 )
 
-// endure waits a little after an attempt of a demand fetch failed because no
-// source works, and says whether to try again: Config.Patience has not passed
+// endure waits a little after an attempt of a demand fetch failed because a
+// source does not work, and says whether to try again: Config.Patience has not passed
 // since the fetch last got on, and a reader still waits. It returns at once when
 // the handle is closed, which the next attempt reports.
 func (f *fetch) endure(o *outage) bool {

@@ -51,6 +51,9 @@ func TestPatience(t *testing.T) {
 		{"corrupt", func(storetest.Request) storetest.Fault {
 			return storetest.Fault{Corrupt: func(int64) bool { return true }}
 		}, errdefs.IsDataLoss, 0, time.Millisecond, 0},
+		{"corrupt twice", func(r storetest.Request) storetest.Fault {
+			return storetest.Fault{Corrupt: func(int64) bool { return r.Number < 2 }}
+		}, func(err error) bool { return err == nil }, 0, time.Millisecond, 3},
 	}
 	img := storetest.NewImage("patience", storetest.Solid(1, 2*miB))
 	eachMode(t, func(t *testing.T, cfg store.Config) {
@@ -67,6 +70,21 @@ func TestPatience(t *testing.T) {
 					t.Errorf("%d requests", n)
 				}
 			})
+		}
+	})
+}
+
+// A source that does not have the segment is no reason not to wait for one that
+// has it.
+func TestPatienceBesideAnEmptySource(t *testing.T) {
+	img := storetest.NewImage("patience beside", storetest.Solid(1, 2*miB))
+	bubble(t, "twice down", func(t *testing.T) {
+		empty, src := storetest.NewSource("empty", img), storetest.NewSource("down", img)
+		empty.Fault, src.Fault = downFor(always, errdefs.ErrNotFound), downFor(2, errdefs.ErrUnavailable)
+		s := open(t, store.Config{Dir: t.TempDir(), Patience: 10 * time.Second})
+		took, err := readTime(context.Background(), openImage(t, s, img, empty, src), firstChunk)
+		if err != nil || took < 300*time.Millisecond {
+			t.Errorf("read after %v: %v", took, err)
 		}
 	})
 }

@@ -13,6 +13,7 @@ type view struct {
 	h    *handle
 	seg  *segment
 	desc *index.Segment // for sources, immutable
+	read bitmap         // which extents were read; nil: nobody wants to know
 }
 
 // readAt fills p from offset off of the segment, which has all those bytes.
@@ -20,6 +21,7 @@ type view struct {
 func (v *view) readAt(ctx context.Context, p []byte, off int64) error {
 	g := v.seg
 	end := off + int64(len(p))
+	v.note(off, end)
 	epoch := g.epoch.Load() // before the bits
 	if !g.present(off, end) {
 		return v.readMissing(ctx, p, off)

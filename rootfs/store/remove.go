@@ -20,7 +20,8 @@ type ImageInfo struct {
 	Manifest     digest.Digest
 	Size         int64 // bytes
 	Open         bool
-	Materialized bool // a complete file exists
+	Materialized bool            // a complete file exists
+	Layers       []digest.Digest // blobs that its segments come from; some may be there twice
 }
 
 // Images lists the images that LoadImage would find, by manifest.
@@ -29,7 +30,11 @@ func (s *Store) Images() []ImageInfo {
 	defer s.mu.Unlock()
 	out := make([]ImageInfo, 0, len(s.records))
 	for m, r := range s.records {
-		out = append(out, ImageInfo{Manifest: m, Size: r.size(), Open: s.images[m] != nil, Materialized: s.hasWhole(&r)})
+		i := ImageInfo{Manifest: m, Size: r.size(), Open: s.images[m] != nil, Materialized: s.hasWhole(&r)}
+		for _, g := range r.Segments {
+			i.Layers = append(i.Layers, g.Layer)
+		}
+		out = append(out, i)
 	}
 	slices.SortFunc(out, func(a, b ImageInfo) int { return cmp.Compare(a.Manifest, b.Manifest) })
 	return out
@@ -79,6 +84,9 @@ func (s *Store) remove(r, next *record) error {
 	}
 	delete(s.records, r.Manifest)
 	err = remove(s.dir.image(r.Manifest, recordFile), s.dir.image(r.Manifest, bootFile), s.dir.image(r.Manifest, wholeFile))
+	if err == nil {
+		s.usage.setWhole(r.Manifest, 0)
+	}
 	for id := range plan.retire {
 		err = errors.Join(err, s.retire(id, plan.need[id]))
 	}
@@ -94,8 +102,9 @@ func (s *Store) removeSegment(id index.ID) error {
 		}
 	}
 	delete(s.ingested, id)
+	s.forgetUse(id)
 	return remove(s.dir.segment(id, bitsFile), s.dir.segment(id, homeFile), s.dir.segment(id, dataFile),
-		s.dir.segment(id, linksFile), s.dir.segment(id, tableFile))
+		s.dir.segment(id, linksFile), s.dir.segment(id, useFile), s.dir.segment(id, tableFile))
 }
 
 // used returns the segments that something other than the given image needs, not

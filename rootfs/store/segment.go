@@ -15,11 +15,12 @@ import (
 
 // segment is the state of one open segment, shared by all who read it.
 type segment struct {
-	s     *Store
-	id    index.ID
-	table *index.Table // immutable
-	refs  int          // who has it open, links of others included; protected by Store.mu
-	users int          // those of them who read it, so that links are needed; protected by Store.mu
+	s       *Store
+	id      index.ID
+	table   *index.Table // immutable
+	refs    int          // who has it open, links of others included; protected by Store.mu
+	users   int          // those of them who read it, so that links are needed; protected by Store.mu
+	retired bool         // it was to be removed, but was open; protected by Store.mu
 
 	// bits has one bit for each chunk. With a home: it is present there or linked.
 	// Without: it has been handed out completely, see the package comment.
@@ -34,6 +35,8 @@ type segment struct {
 	flushMu  sync.Mutex            // one flush, or one change of home, at a time
 	durable  bitmap                // chunks whose bytes in home survived a sync; protected by flushMu
 	state    *shared.State         // tells other processes what is in home; nil when none has asked; changes with flushMu and mu held
+	use      *use                  // what its file takes of the disk; nil without Keep; immutable
+	filling  sync.RWMutex          // held for reading while a fetch writes a chunk and marks it, for writing while chunks that may be fetched go
 
 	mu     sync.Mutex
 	claims map[int]*claim // chunks being fetched, protected by mu
@@ -124,13 +127,20 @@ func (g *segment) keep(i int, b []byte) (bool, error) {
 	if !h.own { // the disk has ruined a complete image, which is not written again
 		return false, nil
 	}
-	if _, err := h.file.WriteAt(b, h.off+g.table.Chunks[i].Off); err != nil {
+	err := g.s.admit(int64(len(b)))
+	if err == nil {
+		_, err = h.file.WriteAt(b, h.off+g.table.Chunks[i].Off)
+	}
+	if err != nil {
+		g.s.full(err)
 		g.s.stats.keepFailures.Add(1)
 		g.s.stats.keepLogged.Do(func() {
 			g.s.log.Warn("chunks cannot be kept and will be fetched again; make room", "dir", g.s.cfg.Dir, "err", err)
 		})
 		return false, fmt.Errorf("keep chunk %d of segment %s: %w", i, g.id, errors.Join(errdefs.ErrResourceExhausted, err))
 	}
+	g.s.usage.add(g.use, int64(len(b)))
+	g.s.checkRoom()
 	return true, nil
 }
 
@@ -159,6 +169,7 @@ func (g *segment) moveTo(h *home, have bitmap, synced bool) {
 	if old != nil {
 		_ = old.file.Close() // its bytes are in h; readers of the moment try again
 	}
+	g.account()
 }
 
 // close releases the segment's file. Precondition: Store.mu is held and nobody reads

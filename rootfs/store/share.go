@@ -54,7 +54,7 @@ func (f *fetch) linkNext(buf []byte) error {
 	if err != nil {
 		return err
 	}
-	return g.borrow(g.links.Load().targets[n], j, func() {
+	return g.borrow(g.links.Load().target(n), j, func() {
 		if !g.bits.has(i) { // else ingested meanwhile
 			g.setLink(i, n, j)
 			g.tell()
@@ -73,7 +73,7 @@ func (g *segment) locate(i int, buf []byte) (n, j int, err error) {
 	}
 	n, err = g.target(id)
 	if err == nil {
-		err = g.links.Load().targets[n].copyOut(g, i, j, buf)
+		err = g.links.Load().target(n).copyOut(g, i, j, buf)
 	}
 	if err != nil {
 		g.s.known.forgetAt(g.table, i, id, j)
@@ -133,7 +133,7 @@ func (g *segment) share() {
 	if len(swaps) == 0 {
 		return
 	}
-	for _, t := range g.links.Load().targets {
+	for _, t := range *g.links.Load().targets.Load() {
 		t.flush() // a chunk on disk is not given up for one that is not
 	}
 	g.s.mu.Lock()
@@ -202,7 +202,7 @@ func (g *segment) swapUnlent(swaps []swap) (gone bitmap, durable bool, err error
 func (g *segment) swapAll(swaps []swap) (gone bitmap, durable bool) {
 	gone = newBitmap(len(g.table.Chunks))
 	for _, w := range swaps {
-		t := g.links.Load().targets[w.target]
+		t := g.links.Load().target(w.target)
 		_ = g.borrow(t, w.at, func() { // or it stays where it is
 			was := g.durable.has(w.chunk)
 			if !g.owns(w.chunk) || !g.home.Load().own || was && !t.durable.has(w.at) {
@@ -226,6 +226,7 @@ func (g *segment) swapAll(swaps []swap) (gone bitmap, durable bool) {
 // Precondition: flushMu is held, and none of the chunks is owned or being fetched:
 // they are linked, which only a holder of flushMu ends, or nobody uses the segment.
 func (g *segment) punch(gone bitmap) {
+	defer g.account()
 	chunks, h := g.table.Chunks, g.home.Load()
 	for i := 0; i < len(chunks); i++ {
 		if !gone.has(i) {
@@ -256,7 +257,7 @@ func (s *Store) scan() {
 		return
 	}
 	for stem := range found {
-		if s.ctx.Err() != nil {
+		if s.ctx.Err() != nil || s.known.full() {
 			return
 		}
 		s.learn(digest.NewDigestFromEncoded(digest.SHA256, stem))

@@ -37,6 +37,13 @@ type Voucher interface {
 	Vouches(seg *index.Segment) bool
 }
 
+// Blamer is a body of Source.Fetch that knows who gave its bytes.
+type Blamer interface {
+	// Blame says that bytes of the body were wrong. It tells whether the source
+	// asks somebody else for them the next time.
+	Blame(err error) (elsewhere bool)
+}
+
 // mayGive fails with ErrNotFound when bytes of the segment cannot be taken from
 // this source, which is then as good as one that does not have it.
 func (s *source) mayGive(seg *index.Segment) error {
@@ -104,11 +111,19 @@ func inOrder(all []*source) []*source {
 	return out
 }
 
-// allDown says whether every source failed in a way that may pass: none gave
-// wrong bytes and none lacks the segment.
-func allDown(errs []error) bool {
-	lasting := func(err error) bool { return errdefs.IsNotFound(err) || errdefs.IsDataLoss(err) }
-	return len(errs) > 0 && !slices.ContainsFunc(errs, lasting)
+// causes says of the errors of all sources whether one is of a source that may
+// work again, and whether one is of wrong bytes. A source that does not have the
+// segment says nothing about the others.
+func causes(errs []error) (down, wrong bool) {
+	for _, err := range errs {
+		switch {
+		case errdefs.IsDataLoss(err):
+			wrong = true
+		case !errdefs.IsNotFound(err):
+			down = true
+		}
+	}
+	return down, wrong
 }
 
 // exhausted is the error after no source could give a chunk. It is ErrDataLoss

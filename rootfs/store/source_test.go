@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -318,4 +319,74 @@ func (w *withEOF) Read(p []byte) (int, error) {
 		return n, io.EOF
 	}
 	return n, nil
+}
+
+// hostsSource is a source with several hosts: each gives wrong bytes, and is not
+// asked again once it is blamed; the last one is.
+type hostsSource struct {
+	*storetest.Source
+	wrong  int // hosts that give wrong bytes
+	always bool
+	blamed atomic.Int64
+}
+
+type hostsBody struct {
+	io.ReadCloser
+	s *hostsSource
+}
+
+func (s *hostsSource) Fetch(ctx context.Context, seg *index.Segment, off, n int64) (io.ReadCloser, error) {
+	body, err := s.Source.Fetch(ctx, seg, off, n)
+	return hostsBody{body, s}, err
+}
+
+// Blame implements store.Blamer.
+func (b hostsBody) Blame(err error) bool {
+	if !errdefs.IsDataLoss(err) {
+		panic(err)
+	}
+	return int(b.s.blamed.Add(1)) < b.s.wrong
+}
+
+// TestBlame reads through sources of which some hosts give wrong bytes.
+func TestBlame(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		wrong    int
+		always   bool
+		ok       bool
+		requests int
+	}{
+		{"no host is wrong", 0, false, true, 1},
+		{"one host, once", 1, false, true, 2},
+		{"three hosts", 3, false, true, 4},
+		{"one host, always", 1, true, false, 3},
+		{"endlessly many", 1000, true, false, 3 * 9},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			img := storetest.NewImage("image", storetest.Solid(1, 4*index.UnitSize))
+			src := &hostsSource{Source: storetest.NewSource("hosts", img), wrong: c.wrong, always: c.always}
+			src.Fault = func(storetest.Request) storetest.Fault {
+				bad := c.always || int(src.blamed.Load()) < c.wrong
+				return storetest.Fault{Corrupt: func(off int64) bool { return bad && off == index.UnitSize+7 }}
+			}
+			s := open(t, store.Config{Dir: t.TempDir(), Keep: true})
+			h := openImage(t, s, img, src)
+			p := make([]byte, 100)
+			off := img.Index.Segments[0].Off + index.UnitSize
+			_, err := h.ReadAt(t.Context(), p, off)
+			if (err == nil) != c.ok || c.ok && !bytes.Equal(p, img.Plain[off:off+100]) || !c.ok && !errdefs.IsDataLoss(err) {
+				t.Errorf("read: %v", err)
+			}
+			asked := 0
+			for _, r := range src.Requests() {
+				if r.Off <= index.UnitSize && r.Off+r.N > index.UnitSize {
+					asked++
+				}
+			}
+			if asked != c.requests || int(src.blamed.Load()) != c.requests-1 && c.ok {
+				t.Errorf("asked %d times and blamed %d times, want %d requests", asked, src.blamed.Load(), c.requests)
+			}
+		})
+	}
 }

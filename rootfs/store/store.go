@@ -35,6 +35,15 @@ type Config struct {
 	Dedup        int           // chunks that are remembered to find equal ones, about 26 bytes each, default 2 Mi with Keep; negative: none
 	Log          *slog.Logger  // default: none
 
+	// Quota bounds what segments and complete files take of the disk, in bytes; 0: only
+	// the disk does. Above High, default 95 % of it, bytes of images that nobody has
+	// open are given up until Low, default 85 %, is reached. What finds no room even so
+	// is delivered and not kept.
+	Quota, High, Low int64
+	// Hold keeps everything until Release is called: whoever takes over mounts of an
+	// earlier process opens and pins their images first.
+	Hold bool
+
 	// Complete, when set, is called when the last missing chunk of a segment has
 	// been fetched: at most once for as long as the segment is open, not for what
 	// Ingest brings. It runs in a goroutine of its own, without locks, and may use
@@ -45,19 +54,22 @@ type Config struct {
 // Store keeps the segments of one node or one guest. Its methods may be called
 // at the same time from any goroutine.
 type Store struct {
-	cfg     Config // with defaults, immutable
-	log     *slog.Logger
-	dir     layout
-	lock    *os.File
-	ctx     context.Context // ends at Close; the root of every fetch
-	cancel  context.CancelFunc
-	wg      sync.WaitGroup // housekeeping and flushes of ingested segments
-	mem     *memory
-	known   *known
-	scanned chan struct{} // closed when the chunks on disk are known
-	dropped atomic.Bool   // a segment has lost chunks since links were checked
-	demand  gate
-	stats   counters
+	cfg      Config // with defaults, immutable
+	log      *slog.Logger
+	dir      layout
+	lock     *os.File
+	ctx      context.Context // ends at Close; the root of every fetch
+	cancel   context.CancelFunc
+	wg       sync.WaitGroup // housekeeping and flushes of ingested segments
+	mem      *memory
+	known    *known
+	usage    *usage
+	room     *room
+	scanned  chan struct{} // closed when the chunks on disk are known
+	surveyed chan struct{} // closed when what takes the disk is known
+	dropped  atomic.Bool   // a segment has lost chunks since links were checked
+	demand   gate
+	stats    counters
 
 	// How Fill shares the link; tests change them before the first read.
 	fillQuiet    time.Duration // without demand before Fill continues
@@ -77,6 +89,7 @@ type Store struct {
 	left       map[index.ID]*shared.State // of closed segments, while keepShares
 	keepShares bool                       // state files outlive their segments
 	ingested   map[index.ID]bool          // by this process and not yet part of an image: GC leaves them
+	pinned     map[digest.Digest]bool     // images whose bytes are not given up
 }
 
 const (
@@ -86,14 +99,18 @@ const (
 
 // Open opens the store in cfg.Dir and removes what an earlier process left half
 // done. It fails with ErrFailedPrecondition when another process has it open.
-func Open(cfg Config) (*Store, error) {
+func Open(cfg Config) (*Store, error) { return open(cfg, extentSize, (*os.File).Sync) }
+
+func open(cfg Config, extent int64, sync func(*os.File) error) (*Store, error) {
 	setDefaults(&cfg)
 	s := &Store{
-		cfg: cfg, log: cfg.Log, dir: layout(cfg.Dir), mem: newMemory(cfg.Memory), known: newKnown(cfg.Dedup), scanned: make(chan struct{}),
+		cfg: cfg, log: cfg.Log, dir: layout(cfg.Dir), mem: newMemory(cfg.Memory),
+		known: newKnown(cfg.Dedup), scanned: make(chan struct{}),
+		usage: newUsage(extent, cfg.Quota), room: newRoom(cfg.Hold), surveyed: make(chan struct{}),
 		records: map[digest.Digest]record{}, images: map[digest.Digest]*image{},
 		segments: map[index.ID]*segment{}, handles: map[*handle]bool{}, left: map[index.ID]*shared.State{}, ingested: map[index.ID]bool{},
 		fillQuiet: 20 * time.Millisecond, fillPatience: time.Second,
-		syncFile: (*os.File).Sync,
+		syncFile: sync,
 	}
 	if err := s.openDir(); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", cfg.Dir, err)
@@ -102,6 +119,10 @@ func Open(cfg Config) (*Store, error) {
 	s.wg.Go(s.housekeep)
 	if s.known.limit > 0 {
 		s.wg.Go(s.scan)
+	}
+	if cfg.Keep {
+		s.wg.Go(s.survey)
+		s.wg.Go(s.makeRoom)
 	}
 	return s, nil
 }
@@ -131,6 +152,12 @@ func setDefaults(c *Config) {
 	}
 	if c.Dedup < 0 || !c.Keep {
 		c.Dedup = 0
+	}
+	if c.High <= 0 || c.High > c.Quota {
+		c.High = c.Quota / 100 * 95
+	}
+	if c.Low <= 0 || c.Low > c.High {
+		c.Low = min(c.Quota/100*85, c.High)
 	}
 	if c.FillParallel <= 0 {
 		c.FillParallel = 4
@@ -197,6 +224,7 @@ func (s *Store) flushAll() {
 	if s.dropped.Swap(false) {
 		s.each(func(g *segment) bool { return g.links.Load() != nil }, (*segment).checkLinks)
 	}
+	s.saveUses()
 }
 
 // each calls do for the open segments that are chosen, without locks.
@@ -233,6 +261,7 @@ func (s *Store) Close() error {
 		h.close()
 	}
 	s.wg.Wait()
+	s.saveUses()
 	s.mem.drop()
 	return errors.Join(s.leaveShares(), s.lock.Close())
 }

@@ -83,8 +83,9 @@ func (s *Store) retire(id index.ID, need []int) error {
 	if len(need) > 0 {
 		return s.trim(id, need)
 	}
-	if s.segments[id] != nil {
-		return nil // a fetch looks at it just now; GC comes again
+	if g := s.segments[id]; g != nil {
+		g.retired = true // a fetch looks at it just now, then GC comes again; or it makes way
+		return nil
 	}
 	return s.removeSegment(id)
 }

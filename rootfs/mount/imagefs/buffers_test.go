@@ -75,15 +75,15 @@ func TestComplaintsAreFew(t *testing.T) {
 	now := time.Unix(0, 0)
 	c := complaints{log: slog.New(slog.NewTextHandler(&out, nil)), now: func() time.Time { return now }, seen: make(map[complaint]*complaintCount)}
 	for range 1000 {
-		c.add("a", 0, 4096, errdefs.ErrUnavailable)
-		c.add("b", 0, 4096, errdefs.ErrUnavailable)
-		c.add("a", 0, 4096, io.ErrUnexpectedEOF)
+		c.add("a", "example.com/a", 0, 4096, errdefs.ErrUnavailable)
+		c.add("b", "example.com/b", 0, 4096, errdefs.ErrUnavailable)
+		c.add("a", "example.com/a", 0, 4096, io.ErrUnexpectedEOF)
 	}
 	if n := strings.Count(out.String(), "\n"); n != 3 {
 		t.Errorf("%d lines for two files and two classes:\n%s", n, out.String())
 	}
 	now = now.Add(complainEvery)
-	c.add("a", 0, 4096, errdefs.ErrUnavailable)
+	c.add("a", "example.com/a", 0, 4096, errdefs.ErrUnavailable)
 	if !strings.Contains(out.String(), "not_logged=999") {
 		t.Errorf("what was not logged is not counted:\n%s", out.String())
 	}

@@ -28,7 +28,7 @@ type complaintCount struct {
 	skipped int
 }
 
-func (c *complaints) add(file string, off int64, n int, err error) {
+func (c *complaints) add(file, reference string, off int64, n int, err error) {
 	key := complaint{file, errorClass(err)}
 	now := c.now()
 	c.mu.Lock()
@@ -45,7 +45,7 @@ func (c *complaints) add(file string, off int64, n int, err error) {
 	*count = complaintCount{logged: now}
 	c.mu.Unlock()
 	c.log.Error("read of image failed; the reader gets EIO and may try again",
-		"file", file, "off", off, "n", n, "class", key.class, "not_logged", skipped, "err", err)
+		"reference", reference, "file", file, "off", off, "n", n, "class", key.class, "not_logged", skipped, "err", err)
 }
 
 // forget drops what is known of a file that is gone.

@@ -118,6 +118,6 @@ func (s *Server) readNode(ctx context.Context, n *node, buf []byte, off int64) f
 		err = io.ErrUnexpectedEOF
 	}
 	s.failures.Add(1)
-	s.complaints.add(n.Name, off, len(buf), err)
+	s.complaints.add(n.Name, n.Reference, off, len(buf), err)
 	return fuse.EIO
 }

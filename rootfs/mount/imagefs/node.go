@@ -31,6 +31,8 @@ type Node struct {
 	// kernel may remember a name for a year.
 	Name string
 	File File
+	// Reference is what logs call the image, beside Name.
+	Reference string
 	// Sealed refuses to open the file again; see Seal.
 	Sealed bool
 	// Cached lets the kernel keep the file's pages, for readers that share
