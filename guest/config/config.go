@@ -15,6 +15,7 @@ import (
 	"io/fs"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/pelletier/go-toml/v2"
@@ -54,9 +55,12 @@ type Config struct {
 	Registry     bool     `toml:"registry"`         // ask registries when the node cannot serve
 	RegistryAddr string   `toml:"registry_address"` // dialled in place of every registry's own address; "" is off
 	PlainHTTP    []string `toml:"plain_http"`       // registry hosts without TLS
+	Credentials  []string `toml:"credentials"`      // files for registries; none is Docker's own config.json
 	Trust        string   `toml:"trust"`            // the least that an index must be bound by: "host" or "image"
 	VirtioFS     string   `toml:"virtiofs"`         // "auto" looks for the node's image files in VirtioFSDirs; "off"
 	VirtioFSDirs []string `toml:"virtiofs_dirs"`    // the first that has an image counts
+	// Patience is how long reads wait while no source works, before they fail.
+	Patience Duration `toml:"patience"`
 
 	StateDir    string `toml:"state_dir"`    // mount table, sockets and work directories
 	StoreDir    string `toml:"store_dir"`    // where fetched bytes are kept; "" keeps nothing
@@ -98,6 +102,7 @@ func Default() Config {
 			"/run/kata-containers/shared/" + sharedimages.Dir,
 			InitShare,
 		},
+		Patience:    Duration(time.Minute),
 		StateDir:    "/run/tatami",
 		StoreMemory: 16 << 20,
 		MountPath:   "auto",
@@ -125,9 +130,11 @@ func (c *Config) settings() []setting {
 		{"registry", "ask registries when the node cannot serve", (*boolean)(&c.Registry)},
 		{"registry_address", "dialled in place of every registry's address", (*text)(&c.RegistryAddr)},
 		{"plain_http", "registry hosts without TLS, separated by commas", &list{at: &c.PlainHTTP}},
+		{"credentials", "files with credentials of registries, separated by commas", &list{at: &c.Credentials}},
 		{"trust", "least binding of an index: host or image", (*text)(&c.Trust)},
 		{"virtiofs", "take images from the node's files over virtio-fs: auto or off", (*text)(&c.VirtioFS)},
 		{"virtiofs_dirs", "directories with those files, separated by commas", &list{at: &c.VirtioFSDirs}},
+		{"patience", "how long reads wait while no source works", &c.Patience},
 		{"state_dir", "directory of the mount table and the sockets", (*text)(&c.StateDir)},
 		{"store_dir", "directory where fetched bytes are kept; empty keeps nothing", (*text)(&c.StoreDir)},
 		{"store_memory", "bound of fetched bytes that wait for a reader", (*size)(&c.StoreMemory)},

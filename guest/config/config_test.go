@@ -30,6 +30,7 @@ store_memory = 4194304
 trust = "image"
 registry = true
 plain_http = ["localhost:5000"]
+credentials = ["/a", "/b"]
 [net]
 address = "10.0.2.15/24"
 dns = ["10.0.2.3"]
@@ -44,6 +45,7 @@ dns = ["10.0.2.3"]
 	want.Trust = "image"
 	want.Registry = false
 	want.PlainHTTP = []string{"localhost:5000"}
+	want.Credentials = []string{"/a", "/b"}
 	want.Hostname = "a b"
 	want.Runner = true
 	want.Net = Net{Address: "10.0.2.15/24", DNS: []string{"1.1.1.1", "9.9.9.9"}}
@@ -66,7 +68,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Default()
-	c.PlainHTTP, c.Net.DNS = nil, nil // empty and absent are the same
+	c.PlainHTTP, c.Credentials, c.Net.DNS = nil, nil, nil // empty and absent are the same
 	if !reflect.DeepEqual(*c, want) {
 		t.Errorf("got  %+v\nwant %+v", *c, want)
 	}
@@ -108,10 +110,13 @@ func TestRefused(t *testing.T) {
 		{name: "mount path", file: "version = 1\nmount_path = \"nbd\"", want: "mount_path"},
 		{name: "trust", file: "version = 1\ntrust = \"none\"", want: "trust"},
 		{name: "virtio-fs", file: "version = 1\nvirtiofs = \"on\"", want: "virtiofs"},
+		{name: "relative credentials", file: "version = 1\ncredentials = [\"x\"]", want: "credentials"},
 		{name: "relative share", file: "version = 1\nvirtiofs_dirs = [\"x\"]", want: "virtiofs_dirs"},
 		{name: "long share", file: "version = 1", cmdline: "tatami.virtiofs_dirs=/" + strings.Repeat("x", 200), want: "virtiofs_dirs"},
 		{name: "level", file: "version = 1\nlog_level = \"loud\"", want: "log_level"},
 		{name: "memory", file: "version = 1\nstore_memory = 1", want: "store_memory"},
+		{name: "patience", file: "version = 1", cmdline: "tatami.patience=long", want: "tatami.patience"},
+		{name: "endless patience", file: "version = 1", args: []string{"--patience", "2h"}, want: "patience is 2h0m0s"},
 		{name: "size flag", file: "version = 1", args: []string{"--store-memory", "9223372036854775807G"}, want: "store-memory"},
 		{name: "bool word", file: "version = 1", cmdline: "tatami.runner=perhaps", want: "tatami.runner"},
 		{name: "net address", file: "version = 1\n[net]\naddress = \"10.0.2.15\"", want: "prefix length"},

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/tatami-containers/tatami/protocols/vsock"
 )
@@ -65,6 +66,11 @@ func (c *Config) checkPaths() error {
 	if c.StateDir == "" {
 		return fmt.Errorf("state_dir is empty: name a directory that lives as long as the machine, such as /run/tatami")
 	}
+	for _, path := range c.Credentials {
+		if !filepath.IsAbs(path) {
+			return fmt.Errorf("credentials has %q: it must be an absolute path", path)
+		}
+	}
 	for _, dir := range c.VirtioFSDirs {
 		if !filepath.IsAbs(dir) || len(dir) > maxVirtioFSDir {
 			return fmt.Errorf("virtiofs_dirs has %q: it must be an absolute path of at most %d bytes", dir, maxVirtioFSDir)
@@ -100,6 +106,9 @@ func (c *Config) checkChoices() error {
 	}
 	if _, err := c.Level(); err != nil {
 		return err
+	}
+	if p := time.Duration(c.Patience); p < 0 || p > time.Hour {
+		return fmt.Errorf("patience is %s: it must be 0s to 1h", p)
 	}
 	if c.StoreMemory < minStoreMemory {
 		return fmt.Errorf("store_memory is %d: it must be at least %d bytes", c.StoreMemory, minStoreMemory)

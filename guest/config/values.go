@@ -4,7 +4,11 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 )
+
+// Duration is a time.Duration that is written "30s".
+type Duration time.Duration
 
 // The kinds of settings, as flag.Value.
 type (
@@ -64,6 +68,25 @@ func (b *boolean) Set(s string) error {
 		return fmt.Errorf("%q is neither true nor false", s)
 	}
 	*b = boolean(v)
+	return nil
+}
+
+// UnmarshalText reads a duration as time.ParseDuration does.
+func (d *Duration) UnmarshalText(text []byte) error { return d.Set(string(text)) }
+
+// MarshalText writes a duration as UnmarshalText reads it.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// String implements flag.Value.
+func (d Duration) String() string { return time.Duration(d).String() }
+
+// Set implements flag.Value.
+func (d *Duration) Set(s string) error {
+	v, err := time.ParseDuration(s)
+	if err != nil {
+		return fmt.Errorf("%q is no duration: write 30s or 1m", s)
+	}
+	*d = Duration(v)
 	return nil
 }
 

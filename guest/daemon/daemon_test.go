@@ -252,7 +252,7 @@ func TestAHostileIndex(t *testing.T) {
 	if b, err := os.ReadFile(filepath.Join(root, "a")); err != nil || string(b) != "x" {
 		t.Errorf("%q, %v", b, err)
 	}
-	if !strings.Contains(g.log.String(), "unpacking the whole image") {
+	if !g.log.says("unpacking the whole image") {
 		t.Error("the log does not tell that the image was unpacked")
 	}
 }

@@ -231,6 +231,17 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
+// says waits a while until the log has a text: it comes through a pipe.
+func (l *logBuffer) says(text string) bool {
+	for range 500 {
+		if strings.Contains(l.String(), text) {
+			return true
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return false
+}
+
 // startGuest runs tatami-guest with unix sockets and waits until it answers.
 func startGuest(t *testing.T, n *node, args ...string) *guest {
 	t.Helper()

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	"oras.land/oras-go/v2/registry/remote/auth"
 
 	"github.com/tatami-containers/tatami/guest/config"
 	"github.com/tatami-containers/tatami/guest/images"
@@ -21,6 +23,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/mount"
 	"github.com/tatami-containers/tatami/rootfs/mount/session"
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/registry/credentials"
 	"github.com/tatami-containers/tatami/rootfs/store"
 	"github.com/tatami-containers/tatami/rootfs/unpack"
 )
@@ -68,7 +71,13 @@ func (w *worker) open() (err error) {
 		dir = filepath.Join(w.cfg.StateDir, "store")
 	}
 	keep := w.cfg.StoreDir != ""
-	if w.store, err = store.Open(store.Config{Dir: dir, Keep: keep, Memory: w.cfg.StoreMemory, Stall: nodeStall, Patience: nodePatience, Log: w.log}); err != nil {
+	conf := store.Config{Dir: dir, Keep: keep, Hold: keep, Memory: w.cfg.StoreMemory, Stall: nodeStall, Patience: time.Duration(w.cfg.Patience), Log: w.log}
+	if keep {
+		if conf.Quota, err = storeQuota(dir); err != nil {
+			return err
+		}
+	}
+	if w.store, err = store.Open(conf); err != nil {
 		return err
 	}
 	unpacked, err := unpack.Open(unpackedDir(w.cfg), w.log)
@@ -85,13 +94,29 @@ func (w *worker) open() (err error) {
 	return nil
 }
 
+// registryStall is after how long without a byte the rest of an answer of a
+// registry is asked for again, as tatami-host does.
+const registryStall = 10 * time.Second
+
+// storeShare is how much of the file system of store_dir the store may take, in per
+// cent: something is left for what else the guest has there.
+const storeShare = 90
+
+// storeQuota is that share in bytes.
+func storeQuota(dir string) (int64, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return 0, err
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, fmt.Errorf("find out how large the disk of store_dir %s is: %w", dir, err)
+	}
+	return int64(st.Blocks) * st.Bsize / 100 * storeShare, nil
+}
+
 // nodeStall is after how long without a byte the node is given up: the node
 // itself tries a registry several times meanwhile.
 const nodeStall = 90 * time.Second
-
-// nodePatience is how long reads wait for a node that is away, as while it is
-// upgraded, before they fail.
-const nodePatience = time.Minute
 
 // preferred is the loop device where images will be complete some day: only
 // that can then be switched to a local file.
@@ -117,23 +142,46 @@ func (w *worker) imagesConfig() images.Config {
 		c.Host = hostClient{w.cfg.HostAddress}
 	}
 	if w.cfg.RelayAddress != "" {
-		c.Relay = w.client(w.cfg.RelayAddress, func(string) bool { return true })
+		c.Relay = w.client(w.cfg.RelayAddress, func(string) bool { return true }, nil)
 	}
 	if w.cfg.Registry {
-		c.Registry = w.client(w.cfg.RegistryAddr, registry.PlainHTTPHosts(w.cfg.PlainHTTP))
+		c.Registry = w.client(w.cfg.RegistryAddr, registry.PlainHTTPHosts(w.cfg.PlainHTTP), w.credentials())
 	}
 	return c
 }
 
+// credentials are the guest's own, for registries. kata-agent starts processes without
+// $HOME where systemd started it so; then there is no default place.
+func (w *worker) credentials() auth.CredentialFunc {
+	paths := w.cfg.Credentials
+	if len(paths) == 0 {
+		dir := os.Getenv("DOCKER_CONFIG")
+		if home, err := os.UserHomeDir(); dir == "" && err == nil {
+			dir = filepath.Join(home, ".docker")
+		}
+		if dir == "" {
+			return nil
+		}
+		paths = []string{filepath.Join(dir, "config.json")}
+	}
+	var sources []credentials.Source
+	for _, path := range paths {
+		sources = append(sources, credentials.File(path))
+	}
+	return credentials.Chain(w.log, sources...)
+}
+
 // client makes a registry client that dials addr, whatever it is asked for, or
 // the network when addr is empty.
-func (w *worker) client(addr string, plain func(string) bool) *registry.Client {
-	rc := registry.Config{PlainHTTP: plain, UserAgent: "tatami-guest", Chunk: pullChunk, InFlight: pullRanges, Log: w.log}
+func (w *worker) client(addr string, plain func(string) bool, creds auth.CredentialFunc) *registry.Client {
+	rc := registry.Config{
+		PlainHTTP: plain, Credentials: creds, UserAgent: "tatami-guest", Chunk: pullChunk, InFlight: pullRanges, Log: w.log,
+	}
 	if addr != "" {
-		rc.Stall = nodeStall
+		rc.Stall, rc.Hedge = nodeStall, -1 // the node asks elsewhere itself
 		rc.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) { return vsock.Dial(ctx, addr) }
 	} else {
-		rc.Credentials = registry.DockerCredentials()
+		rc.Stall = registryStall
 	}
 	c := registry.New(rc)
 	w.clients = append(w.clients, c)

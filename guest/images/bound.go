@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -133,6 +135,29 @@ func (c *layerCache) remember(k cacheKey, l *index.Layer) *index.Layer {
 	}
 	c.layers[k] = &lean
 	return &lean
+}
+
+// KeepLayers forgets what is needed to read other layers than the given ones from a
+// registry. No Resolve may run, and none may have returned an image whose layers are
+// not among them.
+func (r *Resolver) KeepLayers(used map[digest.Digest]bool) error { return r.layers.keepOnly(used) }
+
+func (c *layerCache) keepOnly(used map[digest.Digest]bool) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.DeleteFunc(c.layers, func(k cacheKey, _ *index.Layer) bool { return !used[k.blob] })
+	files, err := os.ReadDir(c.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	errs := []error{err}
+	for _, f := range files {
+		blob, _, _ := strings.Cut(f.Name(), "-")
+		if !used[digest.NewDigestFromEncoded(digest.SHA256, blob)] {
+			errs = append(errs, os.Remove(filepath.Join(c.dir, f.Name())))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // get is of class NotFound when nobody has put the layer.

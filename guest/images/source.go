@@ -41,7 +41,9 @@ func (s *registrySource) Fetch(ctx context.Context, seg *index.Segment, off, n i
 	if err != nil {
 		return nil, err
 	}
-	return layer.NewReader(l, s.blob).Open(ctx, off, n)
+	return registry.Trailed(ctx, func(ctx context.Context) (io.ReadCloser, error) {
+		return layer.NewReader(l, s.blob).Open(ctx, off, n)
+	})
 }
 
 func (s *registrySource) blob(ref index.BlobRef) layer.Blob {

@@ -24,6 +24,8 @@ func (g *Guest) SwitchComplete(ctx context.Context) error {
 	if !g.cfg.Keep {
 		return nil
 	}
+	g.pinMounted() // what an earlier process has switched
+	g.cfg.Store.Release()
 	tick := time.NewTicker(completeEvery)
 	defer tick.Stop()
 	tried := make(map[digest.Digest]time.Time)
@@ -71,6 +73,7 @@ func (g *Guest) switchImage(ctx context.Context, r mount.Record) (bool, error) {
 	if !img.Complete() {
 		return false, nil
 	}
+	g.pinMounted() // it is mounted; from the switch on, the store does not see it read
 	path, err := img.Materialize(ctx)
 	if err != nil {
 		return true, err

@@ -53,6 +53,9 @@ type Guest struct {
 
 	mu   sync.Mutex
 	held map[digest.Digest]int // manifests of calls under way; protected by mu
+	busy int                   // calls of mount under way; protected by mu
+
+	pinning sync.Mutex // held from looking at what is mounted until it is pinned
 
 	direct atomic.Int64 // mounts of the node's image files since the start
 
@@ -139,6 +142,7 @@ func resolved(target string) string {
 }
 
 func (g *Guest) mount(ctx context.Context, req *api.MountRequest, phases *timing.Phases) (*api.MountResponse, string, error) {
+	defer g.enter()()
 	img, err := g.cfg.Images.Resolve(ctx, req.Id, req.Reference, req.Mode == api.Mode_MODE_FULL, phases)
 	if err != nil {
 		return nil, "", err

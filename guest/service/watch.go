@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/guest/images"
+	"github.com/tatami-containers/tatami/rootfs/mount"
 )
 
 // hold keeps the configuration of an image, and prune away from the image until
@@ -34,6 +35,19 @@ func (g *Guest) hold(img *images.Image) (release func(), err error) {
 	}, nil
 }
 
+// enter keeps prune away from what is not known yet to belong to an image, until the
+// result is called.
+func (g *Guest) enter() (leave func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.busy++
+	return func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.busy--
+	}
+}
+
 // prune removes what is kept for images that are mounted no more. What cannot
 // be removed now, because somebody still reads it, the next call removes.
 func (g *Guest) prune() {
@@ -49,6 +63,10 @@ func (g *Guest) prune() {
 	if err := g.configs.keepOnly(used); err != nil {
 		g.cfg.Log.Warn("remove configurations", "error", err)
 	}
+	if g.busy == 0 {
+		g.pruneLayers(used)
+	}
+	g.pinMounted()
 	if g.cfg.Keep {
 		return
 	}
@@ -62,9 +80,31 @@ func (g *Guest) prune() {
 	}
 }
 
-// settle is how long Watch waits after a change: containers come and go with
-// several mounts each.
-const settle = 50 * time.Millisecond
+// pinMounted keeps the store from giving up complete files that mounts read without
+// it.
+func (g *Guest) pinMounted() {
+	g.pinning.Lock() // no older look wins
+	defer g.pinning.Unlock()
+	var used []digest.Digest
+	for _, m := range g.all() {
+		used = append(used, digest.Digest(m.ManifestDigest))
+	}
+	g.cfg.Store.SetPinned(used...)
+}
+
+// pruneLayers leaves of layers' indexes those of the given images. Precondition: no
+// mount is under way.
+func (g *Guest) pruneLayers(used map[digest.Digest]bool) {
+	layers := make(map[digest.Digest]bool)
+	for _, img := range g.cfg.Store.Images() {
+		for _, l := range img.Layers {
+			layers[l] = layers[l] || used[img.Manifest] || img.Open
+		}
+	}
+	if err := g.cfg.Images.KeepLayers(layers); err != nil {
+		g.cfg.Log.Warn("remove indexes of layers", "error", err)
+	}
+}
 
 // Watch cleans up after mounts that somebody else has unmounted, until ctx
 // ends. kata-agent unmounts a container's root file system by itself and tells
@@ -92,6 +132,7 @@ func (g *Guest) Watch(ctx context.Context) error {
 	}()
 	// The kernel marks a changed mount table as an exception (proc(5)).
 	fds := []unix.PollFd{{Fd: int32(info), Events: unix.POLLPRI}, {Fd: int32(wake), Events: unix.POLLIN}}
+	var pace mount.Pace
 	g.sweep(ctx) // what was unmounted while nobody watched
 	for ctx.Err() == nil {
 		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
@@ -99,8 +140,8 @@ func (g *Guest) Watch(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(settle):
-			g.sweep(ctx)
+		case <-time.After(pace.Wait()):
+			pace.Time(func() { g.sweep(ctx) })
 		}
 	}
 	return nil

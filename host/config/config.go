@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -57,8 +58,11 @@ type Config struct {
 	Class    string   `toml:"class"`
 	Log      Log      `toml:"log"`
 	Registry Registry `toml:"registry"`
+	Store    Store    `toml:"store"`
 	Relay    Relay    `toml:"relay"`
+	Mirror   Mirror   `toml:"mirror"`
 	Kata     Kata     `toml:"kata"`
+	CRI      CRI      `toml:"cri"`
 	// Check ends the program when the settings are read; a flag only.
 	Check bool `toml:"-"`
 	// Snapshotters are what containerd finds here; none for a program that only
@@ -84,14 +88,16 @@ type Registry struct {
 	ConfigPath string `toml:"config_path"`
 	// Credentials lists places of credentials, separated by ":", of which the
 	// first that has some counts: a file in the form of Docker's config.json, a
-	// directory of pull secrets, or the kubelet's CredentialProviderConfig.
+	// directory of pull secrets, the kubelet's CredentialProviderConfig, or a
+	// kubeconfig.
 	// Anonymous when empty.
 	Credentials string `toml:"credentials"`
 	// ProviderBinDir has the programs of a CredentialProviderConfig.
 	ProviderBinDir string `toml:"credential_provider_bin_dir"`
 	// Layers is how many layers the node fetches and unpacks at a time.
 	Layers int `toml:"layers"`
-	// Ranges is how many parts of one layer are fetched at a time.
+	// Ranges is how many parts of one layer are fetched at a time at most: as many
+	// as make it faster.
 	Ranges int `toml:"ranges"`
 }
 
@@ -103,6 +109,16 @@ type Relay struct {
 	// Stall is how long a sandbox may take no byte of an answer before its
 	// connection is closed.
 	Stall Duration `toml:"stall"`
+}
+
+// Mirror is a registry for the programs of the node itself.
+type Mirror struct {
+	// Address is where it listens: a loopback address with a port. It is off when
+	// empty.
+	Address string `toml:"address"`
+	// Blobs is the room on the disk for compressed blobs that the mirror and the
+	// relays pass on, at most an eighth of Store.Size; "0" keeps none.
+	Blobs Size `toml:"blobs"`
 }
 
 // Kata says how the sandboxes of Kata Containers are found.
@@ -120,6 +136,14 @@ type Kata struct {
 	// ContainerdState is containerd's state directory: there it is looked up
 	// whose a container is.
 	ContainerdState string `toml:"containerd_state"`
+}
+
+// CRI is what the kubelet is shown.
+type CRI struct {
+	// ImageService is a socket on which containerd's image service is passed on to
+	// the kubelet, to see the credentials of pulls; none when empty. containerd is
+	// at containerd.sock in Kata.ContainerdState.
+	ImageService string `toml:"image_service"`
 }
 
 // Duration is a time.Duration that is written "30s" in a file.
@@ -147,7 +171,9 @@ func Default() Config {
 		Class:       "online",
 		Log:         Log{Level: "info", Format: "json"},
 		Registry:    Registry{ConfigPath: "/etc/containerd/certs.d:/etc/docker/certs.d", Layers: 8, Ranges: 4},
+		Store:       Store{Size: "75%", High: 95, Low: 85},
 		Relay:       Relay{Requests: 16, Stall: Duration(30 * time.Second)},
+		Mirror:      Mirror{Blobs: 10 << 30},
 		Kata: Kata{
 			RunDirs: []string{"/run/kata", "/run/vc/sbs"}, HostPort: vsock.HostPort, RelayPort: vsock.RelayPort,
 			ContainerdState: "/run/containerd",
@@ -232,13 +258,22 @@ func (c *Config) check() error {
 	if err := c.checkNumbers(); err != nil {
 		return err
 	}
+	if err := c.Store.check(); err != nil {
+		return err
+	}
 	if err := c.checkSnapshotters(); err != nil {
+		return err
+	}
+	if err := c.checkCRI(); err != nil {
 		return err
 	}
 	if c.IdleExit && c.Kata.Discover {
 		return errors.New("idle_exit and kata.discover are both set: sandboxes that are found need a program that stays")
 	}
 	if err := c.Kata.check(); err != nil {
+		return err
+	}
+	if err := c.Mirror.check(); err != nil {
 		return err
 	}
 	return c.checkNames()
@@ -255,6 +290,35 @@ func (c *Config) checkSockets() error {
 	}
 	return nil
 }
+
+// checkCRI needs the sockets of snapshotters.
+func (c *Config) checkCRI() error {
+	path := c.CRI.ImageService
+	if path == "" {
+		return nil
+	}
+	if !filepath.IsAbs(path) || len(path) > maxUnixPath {
+		return fmt.Errorf("cri.image_service %q: give an absolute path of at most %d bytes", path, maxUnixPath)
+	}
+	c.CRI.ImageService = filepath.Clean(path)
+	if len(c.Snapshotters) == 0 {
+		return errors.New("cri.image_service is set, but no snapshotter: containerd would not use the credentials")
+	}
+	others := []string{c.Socket, c.ImagesSocket, c.Kata.ContainerdSocket()}
+	for _, s := range c.Snapshotters {
+		others = append(others, s.Socket)
+	}
+	for _, other := range others {
+		if filepath.Clean(other) == c.CRI.ImageService {
+			return fmt.Errorf("cri.image_service %q is another socket already: give a path of its own", path)
+		}
+	}
+	return nil
+}
+
+// ContainerdSocket is where containerd and the distributions of Kubernetes that bring
+// their own have its API.
+func (k *Kata) ContainerdSocket() string { return filepath.Join(k.ContainerdState, "containerd.sock") }
 
 func (c *Config) checkNumbers() error {
 	for _, n := range []struct {
@@ -302,6 +366,19 @@ func (r *Registry) checkPaths() error {
 				return fmt.Errorf("registry.%s %q: give absolute paths", p.key, path)
 			}
 		}
+	}
+	return nil
+}
+
+// check refuses addresses that others than this node could reach: the mirror has no
+// TLS, and callers send it their logins.
+func (m Mirror) check() error {
+	if m.Address == "" {
+		return nil
+	}
+	at, err := netip.ParseAddrPort(m.Address)
+	if err != nil || !at.Addr().IsLoopback() || at.Port() == 0 {
+		return fmt.Errorf("mirror.address %q: give a loopback address and a port, as \"127.0.0.1:5055\"", m.Address)
 	}
 	return nil
 }

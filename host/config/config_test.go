@@ -39,6 +39,14 @@ ranges = 3
 [relay]
 requests = 5
 stall = "7s"
+[mirror]
+address = "[::1]:5055"
+blobs = "3G"
+[store]
+size = "7G"
+high = 90
+low = 80
+pinned = ["a:1", "b"]
 [kata]
 discover = true
 run_dirs = ["/run/a"]
@@ -53,6 +61,8 @@ containerd_state = "/run/k3s/containerd"
 				Credentials: "/c.json:/secrets", ProviderBinDir: "/bin", Layers: 2, Ranges: 3,
 			}
 			c.Relay = Relay{Requests: 5, Stall: Duration(7 * time.Second)}
+			c.Mirror = Mirror{Address: "[::1]:5055", Blobs: 3 << 30}
+			c.Store = Store{Size: "7G", High: 90, Low: 80, Pinned: []string{"a:1", "b"}}
 			c.Kata = Kata{Discover: true, RunDirs: []string{"/run/a"}, HostPort: 3000, RelayPort: 3001, ContainerdState: "/run/k3s/containerd"}
 		}},
 		{name: "no version", text: `root = "/x"`, err: "version is 0: write version = 1"},
@@ -145,6 +155,29 @@ func TestParse(t *testing.T) {
 	}
 }
 
+func TestCRI(t *testing.T) {
+	const one = "[[snapshotter]]\nname = \"t\"\nmode = \"guest\"\n"
+	for _, tc := range []struct{ name, path, rest, err string }{
+		{"good", "/run/tatami-host/cri.sock", one, ""},
+		{"off", "", "", ""},
+		{"relative", "cri.sock", one, "absolute path"},
+		{"long", "/" + strings.Repeat("x", 107), one, "at most 107 bytes"},
+		{"no snapshotter", "/c", "", "no snapshotter"},
+		{"containerd's", "/run/containerd/containerd.sock", one, "another socket"},
+		{"a snapshotter's", "/run/tatami-host/../tatami-host/t.sock", one, "another socket"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c, err := Decode([]byte("version = 1\n[cri]\nimage_service = \"" + tc.path + "\"\n" + tc.rest))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := c.check(); (err == nil) != (tc.err == "") || err != nil && !strings.Contains(err.Error(), tc.err) {
+				t.Errorf("error %v, want one with %q", err, tc.err)
+			}
+		})
+	}
+}
+
 func TestKata(t *testing.T) {
 	for _, tc := range []struct{ name, text, err string }{
 		{"defaults", "discover = true", ""},
@@ -172,6 +205,20 @@ func TestKata(t *testing.T) {
 	c.IdleExit, c.Kata.Discover = true, true
 	if err := c.check(); err == nil {
 		t.Error("a program that ends by itself may discover")
+	}
+}
+
+func TestMirror(t *testing.T) {
+	for address, ok := range map[string]bool{
+		"": true, "127.0.0.1:5055": true, "[::1]:5055": true, "127.1.2.3:1": true,
+		"0.0.0.0:5055": false, ":5055": false, "localhost:5055": false, "10.0.0.1:5055": false, "127.0.0.1": false,
+		"127.0.0.1:0": false, "[::]:5055": false, "127.0.0.1:http": false, "unix:/x": false,
+	} {
+		c := Default()
+		c.Mirror.Address = address
+		if err := c.check(); (err == nil) != ok || err != nil && !strings.Contains(err.Error(), "mirror.address") {
+			t.Errorf("%q: %v", address, err)
+		}
 	}
 }
 
@@ -207,7 +254,7 @@ func TestExample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got.Registry.PlainHTTP = nil // empty
+	got.Registry.PlainHTTP, got.Store.Pinned = nil, nil // empty
 	if want := Default(); !reflect.DeepEqual(got, want) {
 		t.Errorf("the example gives %+v, the defaults are %+v", got, want)
 	}
@@ -235,8 +282,8 @@ func TestDeployedSettings(t *testing.T) {
 func TestSettings(t *testing.T) {
 	each := fields(reflect.TypeFor[Snapshotter]())
 	// The version is none.
-	if n := fields(reflect.TypeFor[Config]()) - 1 - each; n > 22 || each > 7 {
-		t.Fatalf("%d settings and %d of a snapshotter, at most 22 and 7 are wanted", n, each)
+	if n := fields(reflect.TypeFor[Config]()) - 1 - each; n > 29 || each > 7 {
+		t.Fatalf("%d settings and %d of a snapshotter, at most 29 and 7 are wanted", n, each)
 	}
 }
 

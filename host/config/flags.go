@@ -59,7 +59,7 @@ func (f *flags) set(usage io.Writer) *flag.FlagSet {
 	f.text(s, "class", "`class` of containers that do not say: online or batch", func(c *Config) *string { return &c.Class })
 	f.text(s, "log-level", "`level`: debug, info, warn or error", func(c *Config) *string { return &c.Log.Level })
 	f.text(s, "log-format", "`format`: json or text", func(c *Config) *string { return &c.Log.Format })
-	f.text(s, "credentials", "`places` of credentials, separated by \":\": Docker's config.json, pull secrets, the kubelet's config of providers", func(c *Config) *string { return &c.Registry.Credentials })
+	f.text(s, "credentials", "`places` of credentials, separated by \":\": Docker's config.json, pull secrets, the kubelet's config of providers, a kubeconfig", func(c *Config) *string { return &c.Registry.Credentials })
 	f.number(s, "layers", "`number` of layers fetched at a time", func(c *Config) *int { return &c.Registry.Layers })
 	f.number(s, "ranges", "`number` of parts of a layer fetched at a time", func(c *Config) *int { return &c.Registry.Ranges })
 	s.Func("plain-http", "`hosts` asked without TLS, separated by commas; may be repeated", func(v string) error {

@@ -10,33 +10,44 @@ import (
 	"github.com/coreos/go-systemd/v22/activation"
 	"golang.org/x/sys/unix"
 
+	"github.com/tatami-containers/tatami/host/config"
+	"github.com/tatami-containers/tatami/host/criproxy"
 	"github.com/tatami-containers/tatami/rootfs/mount/session"
 )
 
-// fuseName is what the session's descriptor is called in systemd's store.
-const fuseName = "tatami-fuse"
+// What descriptors are called in systemd's store: the session's, and that of the
+// memory of credentials.
+const (
+	fuseName   = "tatami-fuse"
+	memoryName = criproxy.MemoryName
+)
 
-// inherited is the session's descriptor that systemd kept for us, if it did
+// inherited are the descriptors that systemd kept for us, by name
 // (sd_listen_fds_with_names(3)).
-func inherited(log *slog.Logger) *os.File {
-	var fuse *os.File
+func inherited(log *slog.Logger) map[string]*os.File {
+	kept := map[string]*os.File{}
 	for _, f := range activation.Files(true) {
-		if f.Name() == fuseName && fuse == nil {
-			fuse = f
+		if name := f.Name(); (name == fuseName || name == memoryName) && kept[name] == nil {
+			kept[name] = f
 			continue
 		}
 		log.Warn("a descriptor from systemd is not used", "name", f.Name())
 		_ = f.Close() // whatever it was
 	}
-	return fuse
+	return kept
 }
 
-// store gives systemd the session to hold (sd_pid_notify_with_fds(3), FDSTORE)
-// and says whether it does so.
+// stores tells whether a service manager holds descriptors (sd_pid_notify_with_fds(3),
+// FDSTORE). Before version 254 of systemd it cannot be told how many (systemd.exec(5));
+// a service without a store says so in systemd's log.
+func stores() bool {
+	n, err := strconv.Atoi(os.Getenv("FDSTORE"))
+	return (err != nil || n > 0) && os.Getenv("NOTIFY_SOCKET") != ""
+}
+
+// store gives systemd the session to hold and says whether it does so.
 func store(fuse *session.Session, log *slog.Logger) bool {
-	// systemd.exec(5): how many it would hold, since version 254. Before, it
-	// cannot be told; a service without a store says so in systemd's log.
-	if n, err := strconv.Atoi(os.Getenv("FDSTORE")); err == nil && n == 0 || os.Getenv("NOTIFY_SOCKET") == "" {
+	if !stores() {
 		return false
 	}
 	f, err := fuse.Descriptor()
@@ -48,6 +59,27 @@ func store(fuse *session.Session, log *slog.Logger) bool {
 		log.Warn("systemd does not hold the FUSE session; mounts will not outlive this process", "error", err)
 	}
 	return err == nil
+}
+
+// openMemory returns the memory of credentials, when there shall be one: what systemd
+// kept of it, or an empty one that systemd is given to hold.
+func openMemory(cfg config.Config, kept *os.File, log *slog.Logger) (*os.File, error) {
+	switch wanted := cfg.CRI.ImageService != ""; {
+	case wanted && kept != nil:
+		return kept, nil
+	case !wanted && kept != nil:
+		_ = kept.Close() // it is forgotten
+		return nil, notify("FDSTOREREMOVE=1\nFDNAME=" + memoryName)
+	case !wanted:
+		return nil, nil
+	}
+	memory, err := criproxy.NewMemory()
+	if err == nil && stores() {
+		if err := notify("FDSTORE=1\nFDNAME="+memoryName, int(memory.Fd())); err != nil {
+			log.Warn("systemd does not hold the credentials of pulls; they will not outlive this process", "error", err)
+		}
+	}
+	return memory, err
 }
 
 // unstore makes systemd let go of sessions that it holds: as long as it has one,

@@ -51,7 +51,13 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 		return err
 	}
 	defer readies.Close()
-	fuse, err := openSession(cfg, log)
+	kept := inherited(log)
+	memory, err := openMemory(cfg, kept[memoryName], log)
+	if err != nil {
+		return err
+	}
+	defer memory.Close() // nil, where there is none, is no file to close
+	fuse, err := openSession(cfg, kept[fuseName], log)
 	if err != nil {
 		return err
 	}
@@ -63,16 +69,26 @@ func supervise(ctx context.Context, cfg config.Config, args []string, log *slog.
 	// the time that a worker reads it.
 	command := slices.Concat([]string{self}, args, []string{"--root", cfg.Root, "--state", cfg.State, "--socket", cfg.Socket, "--images-socket", cfg.ImagesSocket})
 	return session.Supervise(ctx, session.SuperviseConfig{
-		Session: fuse, Command: command, ExtraFiles: append(sockets.files, readies),
+		Session: fuse, Command: command, ExtraFiles: extraFiles(sockets.files, memory, readies),
 		Restart: reloads(ctx, cfg, args, command, log), Keep: keep, Polite: true, Log: log,
 		Cleanup: func(context.Context) error { return mount.Clean(cfg.State, log) },
 	})
 }
 
+// extraFiles are what a worker inherits: sockets, the memory of credentials if there is
+// one, and last where it says that it is ready.
+func extraFiles(sockets []*os.File, memory, readies *os.File) []*os.File {
+	files := slices.Clone(sockets)
+	if memory != nil {
+		files = append(files, memory)
+	}
+	return append(files, readies)
+}
+
 // openSession goes on with the session that an earlier supervisor left to
 // systemd, or begins one.
-func openSession(cfg config.Config, log *slog.Logger) (*session.Session, error) {
-	if fuse := inherited(log); fuse != nil {
+func openSession(cfg config.Config, fuse *os.File, log *slog.Logger) (*session.Session, error) {
+	if fuse != nil {
 		s, err := session.Resume(sessionFile(cfg), fuse, log)
 		if err == nil {
 			return s, nil
@@ -110,11 +126,14 @@ func listen(cfg config.Config) (*sockets, error) {
 }
 
 // socketPaths lists the control socket, that of virtio-fs devices, then one for
-// each snapshotter.
+// each snapshotter, and that of the kubelet.
 func socketPaths(cfg config.Config) []string {
 	paths := []string{cfg.Socket, cfg.ImagesSocket}
 	for _, sn := range cfg.Snapshotters {
 		paths = append(paths, sn.Socket)
+	}
+	if cfg.CRI.ImageService != "" {
+		paths = append(paths, cfg.CRI.ImageService)
 	}
 	return paths
 }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/tatami-containers/tatami/host/config"
+	"github.com/tatami-containers/tatami/host/criproxy"
 	"github.com/tatami-containers/tatami/host/mounts"
 	"github.com/tatami-containers/tatami/host/node"
 	"github.com/tatami-containers/tatami/host/service"
@@ -37,15 +39,35 @@ func runWorker(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	}
 	readies := extra[len(extra)-1]
 	defer readies.Close()
-	sockets, err := inheritedSockets(extra[:len(extra)-1])
+	memory, files := takeMemory(extra[:len(extra)-1])
+	defer memory.Close()
+	sockets, err := inheritedSockets(files)
 	if err != nil {
 		return errors.Join(err, link.Close())
 	}
+	keys := criproxy.NewKeys(memory, log)
 	images, _ := sockets[cfg.ImagesSocket].(*net.UnixListener) // the settings name it, or it is opened here
-	beside := service.Beside{Control: sockets[cfg.Socket], Images: images, Ready: func() { sayReady(readies, log) }, Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
-		return openLocal(ctx, cfg, n, link, sockets, log)
-	}}
+	beside := service.Beside{
+		Control: sockets[cfg.Socket], Images: images, Ready: func() { sayReady(readies, log) },
+		Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
+			return openLocal(ctx, cfg, n, link, sockets, keys, log)
+		},
+	}
+	if cfg.CRI.ImageService != "" {
+		beside.Credentials = append(beside.Credentials, keys)
+	}
 	return errors.Join(service.Run(ctx, cfg, beside, log), link.Close())
+}
+
+// takeMemory finds the memory of credentials, if there is one, among the supervisor's
+// files. The rest are sockets.
+func takeMemory(files []*os.File) (*criproxy.Memory, []*os.File) {
+	for i, f := range files {
+		if f.Name() == memoryName {
+			return criproxy.OpenMemory(f), slices.Delete(files, i, i+1)
+		}
+	}
+	return nil, files
 }
 
 // inheritedSockets are the supervisor's, by path.
@@ -74,12 +96,13 @@ type local struct {
 	sockets map[string]net.Listener    // by path
 	all     []*snapshotter.Snapshotter // as cfg.Snapshotters
 	owners  *snapshotter.Owners
+	kubelet *criproxy.Proxy // nil without cri.image_service
 
 	endReads func()     // ends the answering of reads
 	reads    chan error // how that ended
 }
 
-func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *session.Link, sockets map[string]net.Listener, log *slog.Logger) (_ *local, err error) {
+func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *session.Link, sockets map[string]net.Listener, keys *criproxy.Keys, log *slog.Logger) (_ *local, err error) {
 	l := &local{cfg: cfg, log: log, sockets: sockets, reads: make(chan error, 1)}
 	if l.mounter, err = mount.New(mount.Config{StateDir: cfg.State, Link: link, Prefer: mountPath(), Log: log}); err != nil {
 		return nil, err
@@ -98,7 +121,11 @@ func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *sessi
 	if err := images.Collect(ctx); err != nil {
 		log.Warn("what nobody holds stays mounted for now", "error", err)
 	}
-	if err := l.openSnapshotters(ctx, images); err != nil {
+	err = l.openSnapshotters(ctx, images)
+	if err == nil && cfg.CRI.ImageService != "" {
+		l.kubelet, err = criproxy.New(criproxy.Config{Containerd: cfg.Kata.ContainerdSocket(), Keys: keys, Log: log})
+	}
+	if err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil
@@ -142,6 +169,11 @@ func (l *local) Serve(ctx context.Context) error {
 			continue
 		}
 		g.Go(func() error { return l.serve(ctx, s, l.sockets[socket]) })
+	}
+	if at := l.cfg.CRI.ImageService; l.kubelet != nil && l.sockets[at] != nil {
+		g.Go(func() error { return l.kubelet.Serve(ctx, l.sockets[at]) })
+	} else if l.kubelet != nil {
+		l.log.Error("the image service is new since tatami-host was started; restart it", "socket", at)
 	}
 	g.Go(func() error { l.collect(ctx); return nil })
 	g.Go(func() error {
@@ -202,6 +234,9 @@ func (l *local) Close() error {
 	var errs []error
 	for _, s := range l.all {
 		errs = append(errs, s.Close())
+	}
+	if l.kubelet != nil {
+		errs = append(errs, l.kubelet.Close())
 	}
 	l.endReads()
 	return errors.Join(append(errs, <-l.reads)...)

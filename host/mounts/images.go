@@ -29,8 +29,8 @@ func (m *Mounts) Verified(_ context.Context, manifest digest.Digest) (bool, erro
 }
 
 // Usage implements snapshotter.Images.
-func (m *Mounts) Usage(ctx context.Context, c snapshotter.Chain) (int64, error) {
-	return m.cfg.Node.LayerUsage(ctx, c.Reference, c.Manifest, c.Layers-1)
+func (m *Mounts) Usage(_ context.Context, c snapshotter.Chain) (int64, error) {
+	return m.cfg.Node.LayerUsage(c.Reference, c.Manifest, c.Layers-1)
 }
 
 // drainGrace is how long an image that was just unmounted may take to be closed

@@ -167,38 +167,30 @@ func (l *Lease) closePrefix(open *store.Image) error {
 	return errors.Join(err, rerr)
 }
 
-// LayerUsage is how many bytes the node keeps of one layer of an image (0 is
-// the lowest), if no lower one has the same data.
-func (n *Node) LayerUsage(ctx context.Context, ref string, manifest digest.Digest, layer int) (int64, error) {
-	l, err := n.LeaseManifest(ctx, ref, manifest)
+// LayerUsage is how many bytes of disk the node keeps of one layer of an image (0 is
+// the lowest), if no lower one has the same data. What another layer has, too, counts
+// for the one that came first.
+func (n *Node) LayerUsage(ref string, manifest digest.Digest, layer int) (int64, error) {
+	named, _, err := parseTarget(ref, "")
 	if err != nil {
 		return 0, err
 	}
-	defer l.Close()
-	if layer < 0 || layer >= len(l.record.Blobs) {
-		return 0, fmt.Errorf("image %s has %d layers: %w", manifest, len(l.record.Blobs), errdefs.ErrInvalidArgument)
+	r, ok := n.known(manifest)
+	if !ok || !r.countsFor(named) {
+		return 0, fmt.Errorf("image %s is not on the node: prepare it first: %w", ref, errdefs.ErrNotFound)
 	}
-	for _, lower := range l.record.Blobs[:layer] {
-		if lower.Digest == l.record.Blobs[layer].Digest {
-			return 0, nil
-		}
+	if layer < 0 || layer >= len(r.Blobs) {
+		return 0, fmt.Errorf("image %s has %d layers: %w", manifest, len(r.Blobs), errdefs.ErrInvalidArgument)
 	}
-	return l.present(ctx, l.record.Blobs[layer].Digest)
-}
-
-// present is how many bytes of a blob's segments are kept.
-func (l *Lease) present(ctx context.Context, blob digest.Digest) (int64, error) {
+	blob := r.Blobs[layer].Digest
+	if _, lower := find(blob, r.Blobs[:layer]...); lower {
+		return 0, nil
+	}
 	sum := int64(0)
-	for _, s := range l.open.Segments() {
-		if s.Layer != blob {
-			continue
+	for _, s := range r.Segments {
+		if s.Layer == blob {
+			sum += n.store.Kept(s.ID, s.Size)
 		}
-		seg, err := l.n.store.OpenSegment(ctx, &s, nil)
-		if err != nil {
-			return 0, err
-		}
-		sum += seg.Present()
-		_ = seg.Close() // nothing was written
 	}
 	return sum, nil
 }

@@ -129,7 +129,7 @@ func TestLayerUsage(t *testing.T) {
 	g.push("app:v1", lazy, tree{"b": "b"}.gzip(t), lazy)
 	p := g.prepare(t, "app:v1")
 	usage := func(layer int) int64 {
-		n, err := g.LayerUsage(t.Context(), g.ref("app:v1"), p.Manifest, layer)
+		n, err := g.LayerUsage(g.ref("app:v1"), p.Manifest, layer)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -143,10 +143,13 @@ func TestLayerUsage(t *testing.T) {
 	if after := usage(0); before >= 1<<20 || after < 1<<20 {
 		t.Errorf("usage %d, and %d when all was read", before, after)
 	}
+	if d, w := usage(0)+usage(1), g.store.Space().Used; d != w {
+		t.Errorf("layers have %d bytes, the store %d", d, w)
+	}
 	if n := usage(2); n != 0 {
 		t.Errorf("a layer that stands twice counts twice: %d", n)
 	}
-	if _, err := g.LayerUsage(t.Context(), g.ref("app:v1"), p.Manifest, 3); !errdefs.IsInvalidArgument(err) {
+	if _, err := g.LayerUsage(g.ref("app:v1"), p.Manifest, 3); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("layer 3: %v", err)
 	}
 }

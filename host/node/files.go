@@ -19,6 +19,7 @@ type files string
 func (f files) store() string { return filepath.Join(string(f), "store") }
 func (f files) temp() string  { return filepath.Join(string(f), "tmp") }
 func (f files) refs() string  { return filepath.Join(string(f), "refs") }
+func (f files) blobs() string { return filepath.Join(string(f), "blobs") }
 
 func (f files) layers() string { return filepath.Join(string(f), "layers") }
 func (f files) images() string { return filepath.Join(string(f), "images") }
@@ -49,7 +50,7 @@ func (f files) claim() error {
 		return fmt.Errorf("%s does not say %q: it was written by another version or program, choose another directory: %w",
 			f.mark(), strings.TrimSpace(layout), errdefs.ErrFailedPrecondition)
 	}
-	for _, name := range []string{f.temp(), f.refs(), f.images(), f.layers(), f.store()} {
+	for _, name := range []string{f.temp(), f.refs(), f.images(), f.layers(), f.store(), f.blobs()} {
 		if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("there is %s already and it is not of a node; choose an empty directory: %w", name, errdefs.ErrFailedPrecondition)
 		}

@@ -27,6 +27,9 @@ type rig struct {
 	reg  *registrytest.Server
 	root string
 	log  *bytes.Buffer
+
+	quota  int64    // of the store from the next restart on, in bytes; 0: none
+	pinned []string // likewise
 }
 
 func newRig(t *testing.T) *rig {
@@ -42,10 +45,14 @@ func (g *rig) open(t *testing.T) {
 	t.Helper()
 	client := registry.New(registry.Config{RetryMax: -1, RetryWait: time.Millisecond, Stall: 500 * time.Millisecond})
 	g.log = new(bytes.Buffer)
-	n, err := Open(Config{Root: g.root, Registry: client, Log: slog.New(slog.NewTextHandler(g.log, nil))})
+	n, err := Open(Config{
+		Root: g.root, Registry: client, Blobs: 1 << 30, Quota: func(int64) (int64, error) { return g.quota, nil }, High: 50, Low: 40,
+		Pinned: g.pinned, Log: slog.New(slog.NewTextHandler(g.log, nil)),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
+	n.Release()
 	g.Node = n
 	t.Cleanup(func() {
 		if err := n.Close(); err != nil {

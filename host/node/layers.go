@@ -4,14 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
+	"github.com/tatami-containers/tatami/host/blobs"
 	"github.com/tatami-containers/tatami/rootfs/formats"
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
@@ -175,7 +178,17 @@ func (n *Node) buildLayer(ctx context.Context, repo *registry.Repository, l form
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	body, err := repo.Open(ctx, l.Descriptor)
+	for {
+		trailed, trail := registry.WithTrail(ctx)
+		made, err := n.streamLayer(trailed, repo, l, bytes)
+		if again := errdefs.IsDataLoss(err) && (trail.Blame(err) || errors.Is(err, blobs.ErrAgain)); !again {
+			return made, err // a mirror that is blamed is not asked again
+		}
+	}
+}
+
+func (n *Node) streamLayer(ctx context.Context, repo *registry.Repository, l formats.Layer, bytes *atomic.Int64) (*layerIndex, error) {
+	body, err := n.whole(ctx, repo, l.Descriptor)
 	if err != nil {
 		return nil, err
 	}
@@ -193,6 +206,14 @@ func (n *Node) buildLayer(ctx context.Context, repo *registry.Repository, l form
 		return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
 	}
 	return n.saveLayer(layerKey{blob: l.Digest}, made, fromBlob, l.Size)
+}
+
+// whole reads a blob in order.
+func (n *Node) whole(ctx context.Context, repo *registry.Repository, desc ocispec.Descriptor) (io.ReadCloser, error) {
+	if n.cfg.Mirrored {
+		return n.blobs.Open(ctx, repo, desc, 0, desc.Size)
+	}
+	return repo.Open(ctx, desc)
 }
 
 // saveLayer keeps a layer index on disk, and what of it a bootstrap needs in

@@ -133,6 +133,10 @@ func (l *Lease) Close() {
 	})
 }
 
+// SetBatch says that the container which reads through this lease is a batch job:
+// what only such read is given up first.
+func (l *Lease) SetBatch(batch bool) { l.open.SetBatch(batch) }
+
 // Manifest is the digest of the image's manifest.
 func (l *Lease) Manifest() digest.Digest { return l.record.Manifest.Digest }
 
@@ -178,9 +182,8 @@ func (l *Lease) remote(d digest.Digest) (ocispec.Descriptor, bool) {
 	return find(d, l.record.BoundFiles...)
 }
 
-// Open returns the bytes [off, off+n) of an object that Find describes. Layers
-// come from the registry; they are not verified, as whoever reads a whole one
-// does that.
+// Open returns the bytes [off, off+n) of an object that Find describes. Layers come
+// from the node's blobs or the registry (package blobs).
 func (l *Lease) Open(ctx context.Context, kind string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
 	if err := l.n.forgedIn(l.record); err != nil {
 		return nil, fmt.Errorf("open %s of image %s: %w", d, l.Manifest(), err)
@@ -200,8 +203,8 @@ func (l *Lease) Open(ctx context.Context, kind string, d digest.Digest, off, n i
 	if d == ocispec.DescriptorEmptyJSON.Digest {
 		return section(nopCloser{bytes.NewReader(ocispec.DescriptorEmptyJSON.Data)}, off, n), nil
 	}
-	if _, ok := l.remote(d); ok && kind == kindBlob {
-		return l.repo.Range(ctx, d, off, n)
+	if desc, ok := l.remote(d); ok && kind == kindBlob {
+		return l.n.blobs.Open(ctx, l.repo, desc, off, n)
 	}
 	return nil, fmt.Errorf("open %s of image %s: %w", d, l.Manifest(), errdefs.ErrNotFound)
 }
@@ -214,7 +217,7 @@ func (l *Lease) openFile(name string, off, n int64) (io.ReadCloser, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open %s of image %s: %w", name, l.Manifest(), err)
 	}
-	return section(file, off, n), nil
+	return &fileSection{file, off, n}, nil
 }
 
 type nopCloser struct{ *bytes.Reader }
@@ -225,6 +228,36 @@ type readerAtCloser interface {
 	io.ReaderAt
 	io.Closer
 }
+
+// fileSection is a part of a file that does not change.
+type fileSection struct {
+	file     *os.File
+	at, left int64 // bytes
+}
+
+// Read implements io.Reader.
+func (s *fileSection) Read(p []byte) (int, error) {
+	if s.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := s.file.ReadAt(p[:min(int64(len(p)), s.left)], s.at)
+	s.at += int64(n)
+	s.left -= int64(n)
+	return n, err
+}
+
+// Map says where the next bytes are.
+func (s *fileSection) Map() (f *os.File, off, n int64) { return s.file, s.at, s.left }
+
+// Sent says that n bytes were taken from where Map said.
+func (s *fileSection) Sent(n int64) error {
+	s.at += n
+	s.left -= n
+	return nil
+}
+
+// Close implements io.Closer.
+func (s *fileSection) Close() error { return s.file.Close() }
 
 // section reads a part of r and closes it.
 func section(r readerAtCloser, off, n int64) io.ReadCloser {
@@ -239,6 +272,7 @@ type segmentReader struct {
 	ctx      context.Context
 	image    *store.Image
 	at, left int64 // in the image, bytes
+	mapped   store.Mapped
 }
 
 // Read implements io.Reader. It fills p or reaches the end.
@@ -253,6 +287,23 @@ func (r *segmentReader) Read(p []byte) (int, error) {
 		err = nil
 	}
 	return m, err
+}
+
+// Map says where the next bytes are in the store's files; see store.Mapped. n is 0
+// when they have to be read.
+func (r *segmentReader) Map() (f *os.File, off, n int64) {
+	r.mapped = r.image.Map(r.at, r.left)
+	return r.mapped.File, r.mapped.Off, r.mapped.N
+}
+
+// Sent says that n bytes were sent from where Map said.
+func (r *segmentReader) Sent(n int64) error {
+	if !r.mapped.Valid() {
+		return fmt.Errorf("bytes of image %s went while they were sent: %w", r.image.Manifest(), errdefs.ErrUnavailable)
+	}
+	r.at += n
+	r.left -= n
+	return nil
 }
 
 // Close implements io.Closer.

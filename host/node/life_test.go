@@ -91,6 +91,7 @@ func TestTags(t *testing.T) {
 	if !strings.Contains(g.log.String(), "level=WARN msg=\"the registry cannot be reached") {
 		t.Error("nothing was logged")
 	}
+	g.patience = 10 * time.Second // after refusals requests are not sent as they come
 	// Who may not pull any more gets nothing from what the node kept.
 	end := g.reg.Fault("/manifests/", 0, registrytest.Status(403))
 	if _, err := g.Prepare(t.Context(), g.ref("app:v1"), ""); !errdefs.IsPermissionDenied(err) {

@@ -12,7 +12,9 @@
 //	    record.json manifest.json config.json artifact.json index, and what
 //	    binds a published index: parent.json bound.json
 //	refs/<hex>.json                     what a reference meant when it was prepared last
+//	pinned.json                         patterns of references that were pinned
 //	store/                              of package store
+//	blobs/                              of package blobs
 //	tmp/                                emptied at the start
 //
 // A layer index that was taken from something published (a TOC, an index
@@ -30,6 +32,7 @@
 //
 // # Locks
 //
+//	Node.pinning, before Node.mu
 //	Node.mu, flights.mu, accessCache.mu: leaves; under Node.mu files are renamed and
 //	removed, nothing is waited for.
 package node
@@ -45,6 +48,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/tatami-containers/tatami/host/blobs"
 	"github.com/tatami-containers/tatami/rootfs/registry"
 	"github.com/tatami-containers/tatami/rootfs/store"
 )
@@ -55,7 +59,21 @@ type Config struct {
 	// Registry is how images are fetched; it stays the caller's.
 	Registry *registry.Client
 	Layers   int // built at a time; 8 when 0
-	Log      *slog.Logger
+	// Blobs is the room for compressed blobs in bytes, at most an eighth of Quota; with
+	// 0 none are kept.
+	Blobs int64
+	// Mirrored says that other programs of the node read blobs, too: a layer that is
+	// downloaded whole, to be indexed, is kept for them. They want it when it cannot be
+	// served lazily after all.
+	Mirrored bool
+	// Quota says how many bytes store and blobs may take of a file system that has so
+	// many; 0 or nil is no bound. High and Low are per cent of the store's part; 95 and 85
+	// when 0.
+	Quota     func(disk int64) (int64, error)
+	High, Low int
+	// Pinned are patterns of references whose images' bytes are never given up, see Match.
+	Pinned []string
+	Log    *slog.Logger
 }
 
 // Node prepares images and reads them.
@@ -64,6 +82,7 @@ type Node struct {
 	log    *slog.Logger
 	files  files
 	store  *store.Store
+	blobs  *blobs.Cache
 	ctx    context.Context // of everything that nobody waits for; ends with Close
 	cancel context.CancelFunc
 	// patience is how long a tag that was resolved before is asked for.
@@ -86,6 +105,9 @@ type Node struct {
 	anyForged  atomic.Bool                 // forged is not empty
 	prefetches map[digest.Digest]*prefetch // under way by manifest; protected by mu
 	forged     map[layerKey]error          // published indexes that are not used any more; protected by mu
+
+	pinning sync.Mutex // over pinned, and what the store is told of it; before mu
+	pinned  []string   // patterns that Pin was given; protected by pinning
 }
 
 // sourceStall is after how long without a byte a registry is given up. The
@@ -109,18 +131,8 @@ func Open(cfg Config) (*Node, error) {
 		fetching: map[digest.Digest]*progress{}, prefetches: map[digest.Digest]*prefetch{}, forged: map[layerKey]error{},
 	}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
-	err := n.files.claim()
-	if err != nil {
+	if err := n.open(); err != nil {
 		return nil, fmt.Errorf("open node %s: %w", cfg.Root, err)
-	}
-	if n.store, err = store.Open(store.Config{Dir: n.files.store(), Keep: true, Stall: sourceStall, Complete: n.audit, Log: cfg.Log}); err != nil {
-		return nil, fmt.Errorf("open node %s: %w", cfg.Root, err)
-	}
-	if err = n.files.create(); err == nil {
-		err = n.restore()
-	}
-	if err != nil {
-		return nil, fmt.Errorf("open node %s: %w", cfg.Root, errors.Join(err, n.store.Close()))
 	}
 	n.prepares.init(n.ctx)
 	n.indexing.init(n.ctx)
@@ -128,6 +140,40 @@ func Open(cfg Config) (*Node, error) {
 	n.access = newAccessCache(n.ctx, accessBytes, n.readLayer)
 	return n, nil
 }
+
+// open opens what is in the node's directory.
+func (n *Node) open() error {
+	if err := n.files.claim(); err != nil {
+		return err
+	}
+	bounds, err := n.bounds()
+	if err != nil {
+		return err
+	}
+	if n.blobs, err = blobs.Open(blobs.Config{Dir: n.files.blobs(), Size: bounds.blobs, Log: n.log}); err != nil {
+		return err
+	}
+	if n.store, err = store.Open(store.Config{
+		Dir: n.files.store(), Keep: true, Quota: bounds.quota, High: bounds.high, Low: bounds.low, Hold: true,
+		Stall: sourceStall, Complete: n.audit, Log: n.log,
+	}); err != nil {
+		return errors.Join(err, n.blobs.Close())
+	}
+	if err = n.files.create(); err == nil {
+		err = n.restore()
+	}
+	if err == nil {
+		err = n.restorePinned()
+	}
+	if err != nil {
+		return errors.Join(err, n.blobs.Close(), n.store.Close())
+	}
+	return nil
+}
+
+// Release lets the store give bytes up, when what is in use has been leased again
+// after a restart. It is idempotent.
+func (n *Node) Release() { n.store.Release() }
 
 // Close cancels what is being prepared, waits for it, and closes the store.
 // Leases must have been released.
@@ -138,8 +184,11 @@ func (n *Node) Close() error {
 	n.layers.close()
 	n.access.close()
 	n.background.Wait()
-	return n.store.Close()
+	return errors.Join(n.blobs.Close(), n.store.Close())
 }
+
+// Blobs are the compressed blobs that the node keeps.
+func (n *Node) Blobs() *blobs.Cache { return n.blobs }
 
 // Stats of a node.
 type Stats struct {

@@ -127,6 +127,7 @@ func (n *Node) prepare(ctx context.Context, t target, ref reference.Named, platf
 		if err := n.remember(t, repo.top, manifest); err != nil {
 			return nil, err
 		}
+		n.repin()
 	}
 	p, err := n.prepared(ref, manifest)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/registry"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 )
 
@@ -444,5 +445,62 @@ func TestPhases(t *testing.T) {
 	}
 	if !slices.Equal(names, []string{"resolve", "layers", "bootstrap", "encode", "keep"}) {
 		t.Errorf("phases %v", names)
+	}
+}
+
+// Guests that read a layer as the registry has it cost one download together, also
+// when they have got it in different ways.
+func TestRawBlobs(t *testing.T) {
+	g := newRig(t)
+	pushed := g.push("app:v1", tree{"a": text(1, 1<<20)}.gzip(t))
+	g.prepare(t, "app:v1")
+	desc, before := pushed.Layers[0], g.layerBytes(pushed)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			if got := object(t, g.lease(t, "app:v1"), kindBlob, desc.Digest); digest.FromBytes(got) != desc.Digest {
+				t.Error("wrong bytes")
+			}
+		})
+	}
+	wg.Wait()
+	if got := g.layerBytes(pushed) - before; got != desc.Size {
+		t.Errorf("four guests took %d bytes of a layer of %d from the registry", got, desc.Size)
+	}
+}
+
+// A mirror with wrong bytes costs a second download of a layer, whoever else reads it.
+func TestMirroredWrong(t *testing.T) {
+	g := newRig(t)
+	g.cfg.Mirrored = true
+	pushed := g.push("app:v1", tree{"a": text(1, 1<<20)}.gzip(t))
+	bad := registrytest.Start(t, registrytest.Options{})
+	layer := tree{"a": text(1, 1<<20)}.gzip(t)
+	bad.PushBlob("library/app", layer.MediaType, layer.Blob)
+	bad.Fault(pushed.Layers[0].Digest.String(), 0, registrytest.Corrupt(pushed.Layers[0].Size/2))
+	list := []*registry.Host{
+		{Name: bad.Host(), Scheme: "http", Path: "/v2", Capabilities: registry.CanPull},
+		{Name: g.reg.Host(), Scheme: "http", Path: "/v2", Capabilities: registry.CanAll},
+	}
+	g.cfg.Registry = registry.New(registry.Config{RetryMax: -1, Hosts: func(string) []*registry.Host { return list }})
+	defer g.cfg.Registry.Close()
+	g.prepare(t, "app:v1")
+	if n := bad.BlobStats(pushed.Layers[0].Digest).Bytes; n == 0 {
+		t.Error("the mirror was not asked")
+	}
+}
+
+// With others on the node that read blobs, the download for the index is the only one.
+func TestMirrored(t *testing.T) {
+	g := newRig(t)
+	g.cfg.Mirrored = true
+	pushed := g.push("app:v1", tree{"a": text(1, 1<<20)}.gzip(t))
+	g.prepare(t, "app:v1")
+	desc := pushed.Layers[0]
+	if got := object(t, g.lease(t, "app:v1"), kindBlob, desc.Digest); digest.FromBytes(got) != desc.Digest {
+		t.Error("wrong bytes")
+	}
+	if got := g.layerBytes(pushed); got != desc.Size {
+		t.Errorf("%d bytes of a layer of %d were sent", got, desc.Size)
 	}
 }

@@ -34,6 +34,7 @@ func (n *Node) Remove(manifest digest.Digest) error {
 	if err := errors.Join(err, n.forgetRefs()); err != nil {
 		return fmt.Errorf("remove image %s: %w", manifest, err)
 	}
+	n.repin()
 	n.log.Info("image removed", "manifest", manifest)
 	return nil
 }

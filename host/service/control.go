@@ -128,6 +128,22 @@ func resident() int64 {
 	return pages * int64(os.Getpagesize())
 }
 
+// Pin implements the Node service.
+func (c control) Pin(_ context.Context, req *api.PinRequest) (*api.PinResponse, error) {
+	if err := c.s.cfg.Node.Pin(req.Reference); err != nil {
+		return nil, err
+	}
+	return &api.PinResponse{}, nil
+}
+
+// Unpin implements the Node service.
+func (c control) Unpin(_ context.Context, req *api.UnpinRequest) (*api.UnpinResponse, error) {
+	if err := c.s.cfg.Node.Unpin(req.Reference); err != nil {
+		return nil, err
+	}
+	return &api.UnpinResponse{}, nil
+}
+
 // Remove implements the Node service.
 func (c control) Remove(_ context.Context, req *api.RemoveRequest) (*api.RemoveResponse, error) {
 	d, err := digest.Parse(req.ManifestDigest)

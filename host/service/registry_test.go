@@ -38,14 +38,17 @@ func TestRegistrySettings(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	settings := config.Registry{
+	settings := config.Config{Registry: config.Registry{
 		ConfigPath:  filepath.Join(dir, "absent") + ":" + filepath.Join(dir, "certs.d"),
 		Credentials: filepath.Join(dir, "config.json") + ":" + filepath.Join(dir, "secrets"), Ranges: 2,
-	}
-	client, err := newClient(settings, slog.New(slog.DiscardHandler))
+	}}
+	log := slog.New(slog.DiscardHandler)
+	sources, err := openSources(settings.Registry, log)
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer sources.Close()
+	client := newClient(settings, sources, log)
 	defer client.Close()
 	name, err := reference.ParseNormalizedNamed(origin.Host() + "/library/x")
 	if err != nil {
@@ -57,8 +60,8 @@ func TestRegistrySettings(t *testing.T) {
 	if len(mirror.Requests("/v2/")) == 0 || len(origin.Requests("/v2/")) != 0 {
 		t.Errorf("the mirror was asked %d times, the registry %d times", len(mirror.Requests("/v2/")), len(origin.Requests("/v2/")))
 	}
-	settings.Credentials = filepath.Join(dir, "providers.yaml")
-	if _, err := newClient(settings, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "0 providers") {
+	settings.Registry.Credentials = filepath.Join(dir, "providers.yaml")
+	if _, err := openSources(settings.Registry, log); err == nil || !strings.Contains(err.Error(), "0 providers") {
 		t.Errorf("a config without providers: %v", err)
 	}
 }

@@ -8,17 +8,20 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tatami-containers/tatami/host/config"
+	"github.com/tatami-containers/tatami/host/mirror"
 	"github.com/tatami-containers/tatami/host/node"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
 	"github.com/tatami-containers/tatami/rootfs/registry"
 	"github.com/tatami-containers/tatami/rootfs/registry/credentials"
+	"github.com/tatami-containers/tatami/rootfs/registry/credentials/kube"
 	"github.com/tatami-containers/tatami/rootfs/registry/hosts"
 )
 
@@ -49,6 +52,8 @@ type Beside struct {
 	Images *net.UnixListener
 	// Open starts it; nil when there is nothing.
 	Open func(ctx context.Context, n *node.Node) (Local, error)
+	// Credentials are sources that come before those of the settings.
+	Credentials []credentials.Source
 	// Ready is called when everything serves; may be nil.
 	Ready func()
 }
@@ -79,16 +84,23 @@ func Run(ctx context.Context, cfg config.Config, beside Beside, log *slog.Logger
 	}
 	// Connections are closed last: the answers of the last calls are on their way.
 	defer func() { err = errors.Join(err, front.server.Close()) }()
-	client, err := newClient(cfg.Registry, log)
+	sources, err := openSources(cfg.Registry, log)
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, sources.Close()) }()
+	client := newClient(cfg, slices.Concat(beside.Credentials, sources), log)
 	defer func() { err = errors.Join(err, client.Close()) }()
-	n, err := node.Open(node.Config{Root: cfg.Root, Registry: client, Layers: cfg.Registry.Layers, Log: log})
+	n, err := node.Open(node.Config{
+		Root: cfg.Root, Registry: client, Layers: cfg.Registry.Layers,
+		Blobs: int64(cfg.Mirror.Blobs), Mirrored: cfg.Mirror.Address != "",
+		Quota: cfg.Store.Bytes, High: cfg.Store.High, Low: cfg.Store.Low, Pinned: cfg.Store.Pinned, Log: log,
+	})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.Close()) }()
+	defer startMirror(ctx, cfg, n, log)()
 	conf := Config{
 		Node: n, Class: cfg.Class, Requests: cfg.Relay.Requests, Stall: time.Duration(cfg.Relay.Stall),
 		Notes: filepath.Join(cfg.Root, "sandboxes.json"), Restore: !cfg.IdleExit,
@@ -115,6 +127,7 @@ func runService(ctx context.Context, conf Config, cfg config.Config, front *fron
 	s := New(conf)
 	defer s.finish(ctx)
 	s.Restore()
+	defer releaseStore(conf)()
 	if err := s.export(beside.Images, cfg.ImagesSocket); err != nil {
 		return err
 	}
@@ -122,6 +135,20 @@ func runService(ctx context.Context, conf Config, cfg config.Config, front *fron
 		defer s.runDiscovery(ctx)()
 	}
 	return s.control(ctx, cfg, front, beside)
+}
+
+// foundAfter is when sandboxes of the process before this one have been found again.
+const foundAfter = 30 * time.Second
+
+// releaseStore lets the store give bytes up as soon as it is known what is in use. The
+// result ends the wait for that.
+func releaseStore(conf Config) (end func()) {
+	if conf.Discovery == nil {
+		conf.Node.Release()
+		return func() {}
+	}
+	t := time.AfterFunc(foundAfter, conf.Node.Release)
+	return func() { t.Stop() }
 }
 
 // DiscoveryOf is what the settings say of finding sandboxes; nil when they are
@@ -142,24 +169,31 @@ func (s *Service) finish(ctx context.Context) {
 	s.close(grace)
 }
 
+// openSources returns the places of credentials that the settings name.
+func openSources(r config.Registry, log *slog.Logger) (kube.Sources, error) {
+	return kube.Open(filepath.SplitList(r.Credentials), r.ProviderBinDir, log)
+}
+
 // newClient returns the client of registries and their mirrors.
-func newClient(r config.Registry, log *slog.Logger) (*registry.Client, error) {
-	plain := registry.PlainHTTPHosts(r.PlainHTTP)
-	cfg := registry.Config{
-		PlainHTTP: plain, UserAgent: "tatami-host", Log: log, Stall: registryStall,
-		Chunk: rangeBytes, InFlight: r.Ranges,
-	}
-	if roots := filepath.SplitList(r.ConfigPath); len(roots) > 0 {
-		cfg.Hosts = hosts.New(roots, hosts.Options{PlainHTTP: plain, Log: log}).Hosts
-	}
-	sources, err := credentials.Open(filepath.SplitList(r.Credentials), r.ProviderBinDir)
-	if err != nil {
-		return nil, err
-	}
+func newClient(c config.Config, sources []credentials.Source, log *slog.Logger) *registry.Client {
+	cfg := anonymous(c, log)
 	if len(sources) > 0 { // without any, the client says so
 		cfg.Credentials = credentials.Chain(log, sources...)
 	}
-	return registry.New(cfg), nil
+	return registry.New(cfg)
+}
+
+// anonymous is how registries are reached, without credentials.
+func anonymous(c config.Config, log *slog.Logger) registry.Config {
+	plain := registry.PlainHTTPHosts(c.Registry.PlainHTTP)
+	cfg := registry.Config{
+		PlainHTTP: plain, UserAgent: "tatami-host", Log: log, Stall: registryStall,
+		Chunk: rangeBytes, InFlight: c.Registry.Ranges,
+	}
+	if roots := filepath.SplitList(c.Registry.ConfigPath); len(roots) > 0 {
+		cfg.Hosts = mirror.Others(c.Mirror.Address, hosts.New(roots, hosts.Options{PlainHTTP: plain, Log: log}).Hosts)
+	}
+	return cfg
 }
 
 // control serves the control socket until there is a reason to stop.

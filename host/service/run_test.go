@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -221,4 +222,44 @@ func TestStopFinishesCalls(t *testing.T) {
 		t.Errorf("the call: %v", err)
 	}
 	d.end(t)
+}
+
+// The mirror serves where the settings say; without its address sandboxes are served
+// all the same.
+func TestMirror(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	reg.PushImage("library/app", "v1", registrytest.Image{})
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	taken := run(t, func(c *config.Config) { c.Mirror.Address = address })
+	taken.connect(t)
+	taken.stop()
+	taken.end(t)
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d := run(t, func(c *config.Config) { c.Mirror.Address = address })
+	d.connect(t)
+	get := func() (*http.Response, error) {
+		req, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+address+"/v2/library/app/manifests/v1?ns="+reg.Host(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return resp, err
+	}
+	if resp, err := get(); err != nil || resp.StatusCode != 200 {
+		t.Errorf("%v, %v", resp, err)
+	}
+	d.stop()
+	d.end(t)
+	if _, err := get(); err == nil {
+		t.Error("the mirror serves after the end")
+	}
 }

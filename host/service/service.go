@@ -9,6 +9,7 @@
 package service
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -267,6 +268,7 @@ func (s *Service) addContainer(ctx context.Context, id string, c container, plat
 
 // adopt adds a container with its lease, which it takes over.
 func (b *sandbox) adopt(c container, lease *node.Lease) error {
+	lease.SetBatch(cmp.Or(c.class, b.s.cfg.Class) == "batch")
 	c.lease = &held{Lease: lease}
 	if err := b.add(c); err != nil {
 		lease.Close()

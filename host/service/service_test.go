@@ -429,3 +429,35 @@ func TestLeftovers(t *testing.T) {
 		t.Errorf("noted %s, %v", data, err)
 	}
 }
+
+// What is pinned, and what the store takes, can be seen; a pin that is none is refused.
+func TestPin(t *testing.T) {
+	g := newRig(t)
+	g.push("app:v1", map[string]string{"a": strings.Repeat("a", 1<<20)})
+	ref := g.reg.Host() + "/library/app:v1"
+	if _, err := g.Prepare(t.Context(), &api.PrepareRequest{Reference: ref}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.Pin(t.Context(), &api.PinRequest{Reference: ref}); err != nil {
+		t.Fatal(err)
+	}
+	st, err := g.Status(t.Context(), &api.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := st.Store; s.Used == 0 || s.Pinned != s.Used || s.Quota != 0 || len(s.Pins) != 1 || s.Pins[0] != ref {
+		t.Errorf("%+v", s)
+	}
+	if _, err := g.Unpin(t.Context(), &api.UnpinRequest{Reference: ref}); err != nil {
+		t.Fatal(err)
+	}
+	if st, err = g.Status(t.Context(), &api.StatusRequest{}); err != nil || st.Store.Pinned != 0 || len(st.Store.Pins) != 0 {
+		t.Errorf("after unpin: %+v, %v", st.Store, err)
+	}
+	if _, err := g.Unpin(t.Context(), &api.UnpinRequest{Reference: ref}); !errdefs.IsNotFound(err) {
+		t.Errorf("unpin twice: %v", err)
+	}
+	if _, err := g.Pin(t.Context(), &api.PinRequest{Reference: "a b"}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("pin of no reference: %v", err)
+	}
+}

@@ -6,18 +6,27 @@ import (
 	"maps"
 	"slices"
 
+	"github.com/tatami-containers/tatami/host/node"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 )
 
 // Status implements the Node service.
 func (c control) Status(ctx context.Context, _ *api.StatusRequest) (*api.StatusResponse, error) {
-	out := &api.StatusResponse{Sandboxes: c.s.status()}
+	out := &api.StatusResponse{Sandboxes: c.s.status(), Store: storeStatus(c.s.cfg.Node)}
 	if c.s.cfg.Local == nil {
 		return out, nil
 	}
 	var err error
 	out.Snapshotters, err = c.s.cfg.Local.Status(ctx)
 	return out, err
+}
+
+func storeStatus(n *node.Node) *api.StoreStatus {
+	s := n.Space()
+	return &api.StoreStatus{
+		Used: s.Used, Quota: s.Quota, High: s.High, Low: s.Low, Pinned: s.Pinned,
+		Evicted: s.Evicted, Refused: s.Refused, Pins: n.Pinned(),
+	}
 }
 
 // status lists the sandboxes by id.

@@ -16,7 +16,8 @@ import (
 
 // prepareRemote makes the layer's committed record when the node serves the
 // image lazily. When it does not and the mode may fall back to Full, the reason
-// is kept in the request.
+// is kept in the request. A failure that may pass fails the pull: it is tried
+// again, while an image that was unpacked stays so until it is pulled anew.
 func (s *Snapshotter) prepareRemote(ctx context.Context, r *request) (done bool, err error) {
 	if done, err := s.exists(ctx, r); done || err != nil {
 		return done, err
@@ -74,7 +75,7 @@ func (s *Snapshotter) serve(ctx context.Context, r *request) (err error) {
 	s.cfg.step("owned")
 	diffIDs, err := s.refusals.ask(ctx, use{ref, manifest}, func() ([]digest.Digest, error) { return s.prepareImage(ctx, ref, manifest) })
 	if err != nil {
-		return errLazy{err}
+		return err
 	}
 	chain := Chain{Reference: ref, Manifest: manifest, Of: len(diffIDs)}
 	if chain.Layers = slices.Index(chainIDs(diffIDs), r.target) + 1; chain.Layers == 0 {

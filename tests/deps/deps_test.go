@@ -31,7 +31,7 @@ var rules = []struct {
 	{module + "rootfs/index", []string{module + "rootfs/store", module + "rootfs/layer", module + "rootfs/registry", module + "rootfs/mount", "net/http"}, "index is the bottom and does no I/O"},
 	{module + "rootfs/layer/...", []string{module + "rootfs/store", module + "rootfs/mount", module + "rootfs/registry", "net/http"}, "formats take bytes from whoever has them"},
 	{module + "rootfs/bootstrap", []string{module + "rootfs/store", module + "rootfs/layer", module + "rootfs/mount", "net/http"}, "the bootstrap is made of entries alone"},
-	{module + "guest/...", []string{"go.yaml.in/yaml", module + "rootfs/registry/hosts", module + "rootfs/registry/credentials"}, "a guest has no mirrors and no providers of credentials"},
+	{module + "guest/...", []string{"go.yaml.in/yaml", module + "rootfs/registry/hosts", module + "rootfs/registry/credentials/kube"}, "a guest has no mirrors, no kubelet and no cluster"},
 	{module + "rootfs/registry/...", []string{module + "rootfs/store", module + "rootfs/mount", module + "rootfs/layer"}, "the registry client knows nothing of the store"},
 	{module + "rootfs/store", []string{module + "rootfs/layer", module + "rootfs/registry", module + "rootfs/mount", "net/http"}, "the store knows sources, not formats or networks"},
 	{module + "host/service", []string{"github.com/hanwen/go-fuse"}, "only host/mounts mounts; go-fuse stays behind rootfs/mount and virtiofs"},

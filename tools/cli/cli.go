@@ -41,6 +41,8 @@ func commands() []command {
 		{"convert", "[flags] --to FORMAT SRC DST", "repack layers so that they can be read lazily", convertCommand},
 		{"guest-image", guestImageUsage, "make what a Kata guest runs tatami-guest from: an extension image, or files for an image of one's own", guestImageCommand},
 		{"status", "[flags]", "show what tatami-host on this machine serves, to whom, in which mode and why", statusCommand},
+		{"pin", "[flags] REF…", "keep the bytes of images on this machine, whatever else needs the disk", pinCommand},
+		{"unpin", "[flags] REF…", "let them make way again", unpinCommand},
 		{"bench", "start [flags] IMAGE [-- CMD ARG…]", "compare a full pull with lazy starts, side by side", benchCommand},
 		{"version", "", "print the version", versionCommand},
 	}

@@ -30,6 +30,7 @@ type nodeStatus struct {
 	Snapshotters []*api.SnapshotterStatus `json:"snapshotters"`
 	Sandboxes    []*api.SandboxStatus     `json:"sandboxes"`
 	Stats        *api.NodeStatsResponse   `json:"stats"`
+	Store        *api.StoreStatus         `json:"store"`
 }
 
 func statusCommand(ctx context.Context, args []string, s Streams) (int, error) {
@@ -73,7 +74,7 @@ func askStatus(ctx context.Context, socket string) (*nodeStatus, error) {
 	if err != nil {
 		return nil, wireerr.FromStatus(err)
 	}
-	return &nodeStatus{st.Snapshotters, st.Sandboxes, stats}, nil
+	return &nodeStatus{st.Snapshotters, st.Sandboxes, stats, st.Store}, nil
 }
 
 // print writes tables: what serves, what containers have, what else was found.
@@ -81,6 +82,7 @@ func (st *nodeStatus) print(out io.Writer) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
 	fmt.Fprintf(w, "images %d, sandboxes %d, from registries %s, to sandboxes %s\n",
 		st.Stats.Images, st.Stats.Sandboxes, mib(st.Stats.RegistryBytes), mib(st.Stats.RelayBytes))
+	printStore(w, st.Store)
 	if len(st.Snapshotters) > 0 {
 		fmt.Fprintln(w, "\nSNAPSHOTTER\tMODE\tLAZY LAYERS\tSOCKET")
 	}
@@ -128,3 +130,18 @@ func oneLine(s string) string {
 }
 
 func mib(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }
+
+// printStore writes a line of what images take of the disk, and what is pinned.
+func printStore(w io.Writer, s *api.StoreStatus) {
+	if s == nil { // a tatami-host that does not say
+		return
+	}
+	bound := "no quota"
+	if s.Quota > 0 {
+		bound = fmt.Sprintf("of %s (makes way above %s, down to %s)", mib(s.Quota), mib(s.High), mib(s.Low))
+	}
+	fmt.Fprintf(w, "store %s %s, pinned %s, given up %s, not kept %s\n", mib(s.Used), bound, mib(s.Pinned), mib(s.Evicted), mib(s.Refused))
+	for _, ref := range s.Pins {
+		fmt.Fprintf(w, "pinned: %s\n", oneLine(ref))
+	}
+}

@@ -17,9 +17,13 @@ func TestPrintStatus(t *testing.T) {
 				{Key: "k8s.io/5/sha256:1", Kind: "committed", Reason: "no\tsuch\nimage\x1b"},
 			},
 		}},
+		Store:     &api.StoreStatus{Used: 7 << 20, Quota: 10 << 20, High: 9 << 20, Low: 8 << 20, Pinned: 1 << 20, Evicted: 5 << 20, Pins: []string{"busybox:*", "a\x1bb"}},
 		Sandboxes: []*api.SandboxStatus{{Id: "s1", Identity: "vsock:2110"}, {Id: "s2", Identity: "vsock:2110", VirtioFs: "connected", Containers: []*api.ContainerStatus{{Id: "c1", Reference: "debian", Class: "online"}}}},
 	}
 	const want = `images 2, sandboxes 1, from registries 3.0 MiB, to sandboxes 0.5 MiB
+store 7.0 MiB of 10.0 MiB (makes way above 9.0 MiB, down to 8.0 MiB), pinned 1.0 MiB, given up 5.0 MiB, not kept 0.0 MiB
+pinned: busybox:*
+pinned: a b
 
 SNAPSHOTTER  MODE   LAZY LAYERS  SOCKET
 tatami       guest  7            /run/t.sock

@@ -911,6 +911,168 @@ func (*RemoveResponse) Descriptor() ([]byte, []int) {
 	return file_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
+type PinRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A reference: NAME, NAME:TAG or NAME@DIGEST; "*" stands for any characters but "/".
+	Reference     string `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PinRequest) Reset() {
+	*x = PinRequest{}
+	mi := &file_v1_host_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PinRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PinRequest) ProtoMessage() {}
+
+func (x *PinRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PinRequest.ProtoReflect.Descriptor instead.
+func (*PinRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *PinRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type PinResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PinResponse) Reset() {
+	*x = PinResponse{}
+	mi := &file_v1_host_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PinResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PinResponse) ProtoMessage() {}
+
+func (x *PinResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PinResponse.ProtoReflect.Descriptor instead.
+func (*PinResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{17}
+}
+
+type UnpinRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As it was pinned.
+	Reference     string `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnpinRequest) Reset() {
+	*x = UnpinRequest{}
+	mi := &file_v1_host_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnpinRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnpinRequest) ProtoMessage() {}
+
+func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnpinRequest.ProtoReflect.Descriptor instead.
+func (*UnpinRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *UnpinRequest) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+type UnpinResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnpinResponse) Reset() {
+	*x = UnpinResponse{}
+	mi := &file_v1_host_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnpinResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnpinResponse) ProtoMessage() {}
+
+func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnpinResponse.ProtoReflect.Descriptor instead.
+func (*UnpinResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{19}
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -919,7 +1081,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_v1_host_proto_msgTypes[16]
+	mi := &file_v1_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -931,7 +1093,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[16]
+	mi := &file_v1_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -944,20 +1106,21 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_v1_host_proto_rawDescGZIP(), []int{20}
 }
 
 type StatusResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Snapshotters  []*SnapshotterStatus   `protobuf:"bytes,1,rep,name=snapshotters,proto3" json:"snapshotters,omitempty"`
 	Sandboxes     []*SandboxStatus       `protobuf:"bytes,2,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	Store         *StoreStatus           `protobuf:"bytes,3,opt,name=store,proto3" json:"store,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_v1_host_proto_msgTypes[17]
+	mi := &file_v1_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -969,7 +1132,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[17]
+	mi := &file_v1_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,7 +1145,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_v1_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StatusResponse) GetSnapshotters() []*SnapshotterStatus {
@@ -995,6 +1158,119 @@ func (x *StatusResponse) GetSnapshotters() []*SnapshotterStatus {
 func (x *StatusResponse) GetSandboxes() []*SandboxStatus {
 	if x != nil {
 		return x.Sandboxes
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetStore() *StoreStatus {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+// StoreStatus is what bytes of images take of the disk.
+type StoreStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In bytes: taken, and how much may be (0: no bound but the disk's), from where on
+	// bytes are given up and until when.
+	Used  int64 `protobuf:"varint,1,opt,name=used,proto3" json:"used,omitempty"`
+	Quota int64 `protobuf:"varint,2,opt,name=quota,proto3" json:"quota,omitempty"`
+	High  int64 `protobuf:"varint,3,opt,name=high,proto3" json:"high,omitempty"`
+	Low   int64 `protobuf:"varint,4,opt,name=low,proto3" json:"low,omitempty"`
+	// Of those taken, bytes of pinned images.
+	Pinned int64 `protobuf:"varint,5,opt,name=pinned,proto3" json:"pinned,omitempty"`
+	// Given up since the start, and not kept because nothing more could be given up.
+	Evicted int64 `protobuf:"varint,6,opt,name=evicted,proto3" json:"evicted,omitempty"`
+	Refused int64 `protobuf:"varint,7,opt,name=refused,proto3" json:"refused,omitempty"`
+	// What is pinned, by the settings and by Pin.
+	Pins          []string `protobuf:"bytes,8,rep,name=pins,proto3" json:"pins,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoreStatus) Reset() {
+	*x = StoreStatus{}
+	mi := &file_v1_host_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoreStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoreStatus) ProtoMessage() {}
+
+func (x *StoreStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoreStatus.ProtoReflect.Descriptor instead.
+func (*StoreStatus) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *StoreStatus) GetUsed() int64 {
+	if x != nil {
+		return x.Used
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetQuota() int64 {
+	if x != nil {
+		return x.Quota
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetHigh() int64 {
+	if x != nil {
+		return x.High
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetLow() int64 {
+	if x != nil {
+		return x.Low
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetPinned() int64 {
+	if x != nil {
+		return x.Pinned
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetEvicted() int64 {
+	if x != nil {
+		return x.Evicted
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetRefused() int64 {
+	if x != nil {
+		return x.Refused
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetPins() []string {
+	if x != nil {
+		return x.Pins
 	}
 	return nil
 }
@@ -1018,7 +1294,7 @@ type SnapshotterStatus struct {
 
 func (x *SnapshotterStatus) Reset() {
 	*x = SnapshotterStatus{}
-	mi := &file_v1_host_proto_msgTypes[18]
+	mi := &file_v1_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1030,7 +1306,7 @@ func (x *SnapshotterStatus) String() string {
 func (*SnapshotterStatus) ProtoMessage() {}
 
 func (x *SnapshotterStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[18]
+	mi := &file_v1_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1043,7 +1319,7 @@ func (x *SnapshotterStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotterStatus.ProtoReflect.Descriptor instead.
 func (*SnapshotterStatus) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_v1_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SnapshotterStatus) GetName() string {
@@ -1104,7 +1380,7 @@ type SnapshotStatus struct {
 
 func (x *SnapshotStatus) Reset() {
 	*x = SnapshotStatus{}
-	mi := &file_v1_host_proto_msgTypes[19]
+	mi := &file_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1392,7 @@ func (x *SnapshotStatus) String() string {
 func (*SnapshotStatus) ProtoMessage() {}
 
 func (x *SnapshotStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[19]
+	mi := &file_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1405,7 @@ func (x *SnapshotStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotStatus.ProtoReflect.Descriptor instead.
 func (*SnapshotStatus) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SnapshotStatus) GetKey() string {
@@ -1189,7 +1465,7 @@ type SandboxStatus struct {
 
 func (x *SandboxStatus) Reset() {
 	*x = SandboxStatus{}
-	mi := &file_v1_host_proto_msgTypes[20]
+	mi := &file_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1201,7 +1477,7 @@ func (x *SandboxStatus) String() string {
 func (*SandboxStatus) ProtoMessage() {}
 
 func (x *SandboxStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[20]
+	mi := &file_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1214,7 +1490,7 @@ func (x *SandboxStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxStatus.ProtoReflect.Descriptor instead.
 func (*SandboxStatus) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SandboxStatus) GetId() string {
@@ -1257,7 +1533,7 @@ type ContainerStatus struct {
 
 func (x *ContainerStatus) Reset() {
 	*x = ContainerStatus{}
-	mi := &file_v1_host_proto_msgTypes[21]
+	mi := &file_v1_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1269,7 +1545,7 @@ func (x *ContainerStatus) String() string {
 func (*ContainerStatus) ProtoMessage() {}
 
 func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[21]
+	mi := &file_v1_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1282,7 +1558,7 @@ func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStatus.ProtoReflect.Descriptor instead.
 func (*ContainerStatus) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{21}
+	return file_v1_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ContainerStatus) GetId() string {
@@ -1376,11 +1652,28 @@ const file_v1_host_proto_rawDesc = "" +
 	"\tsandboxes\x18\x05 \x01(\x03R\tsandboxes\"8\n" +
 	"\rRemoveRequest\x12'\n" +
 	"\x0fmanifest_digest\x18\x01 \x01(\tR\x0emanifestDigest\"\x10\n" +
-	"\x0eRemoveResponse\"\x0f\n" +
-	"\rStatusRequest\"\x8a\x01\n" +
+	"\x0eRemoveResponse\"*\n" +
+	"\n" +
+	"PinRequest\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\"\r\n" +
+	"\vPinResponse\",\n" +
+	"\fUnpinRequest\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\"\x0f\n" +
+	"\rUnpinResponse\"\x0f\n" +
+	"\rStatusRequest\"\xb8\x01\n" +
 	"\x0eStatusResponse\x12@\n" +
 	"\fsnapshotters\x18\x01 \x03(\v2\x1c.tatami.v1.SnapshotterStatusR\fsnapshotters\x126\n" +
-	"\tsandboxes\x18\x02 \x03(\v2\x18.tatami.v1.SandboxStatusR\tsandboxes\"\xc8\x01\n" +
+	"\tsandboxes\x18\x02 \x03(\v2\x18.tatami.v1.SandboxStatusR\tsandboxes\x12,\n" +
+	"\x05store\x18\x03 \x01(\v2\x16.tatami.v1.StoreStatusR\x05store\"\xbd\x01\n" +
+	"\vStoreStatus\x12\x12\n" +
+	"\x04used\x18\x01 \x01(\x03R\x04used\x12\x14\n" +
+	"\x05quota\x18\x02 \x01(\x03R\x05quota\x12\x12\n" +
+	"\x04high\x18\x03 \x01(\x03R\x04high\x12\x10\n" +
+	"\x03low\x18\x04 \x01(\x03R\x03low\x12\x16\n" +
+	"\x06pinned\x18\x05 \x01(\x03R\x06pinned\x12\x18\n" +
+	"\aevicted\x18\x06 \x01(\x03R\aevicted\x12\x18\n" +
+	"\arefused\x18\a \x01(\x03R\arefused\x12\x12\n" +
+	"\x04pins\x18\b \x03(\tR\x04pins\"\xc8\x01\n" +
 	"\x11SnapshotterStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06socket\x18\x02 \x01(\tR\x06socket\x12\x12\n" +
@@ -1409,7 +1702,7 @@ const file_v1_host_proto_rawDesc = "" +
 	"\x0fmanifest_digest\x18\x03 \x01(\tR\x0emanifestDigest\x12\x14\n" +
 	"\x05class\x18\x04 \x01(\tR\x05class2K\n" +
 	"\x04Host\x12C\n" +
-	"\bDescribe\x12\x1a.tatami.v1.DescribeRequest\x1a\x1b.tatami.v1.DescribeResponse2\xa2\x04\n" +
+	"\bDescribe\x12\x1a.tatami.v1.DescribeRequest\x1a\x1b.tatami.v1.DescribeResponse2\x94\x05\n" +
 	"\x04Node\x12@\n" +
 	"\aPrepare\x12\x19.tatami.v1.PrepareRequest\x1a\x1a.tatami.v1.PrepareResponse\x12C\n" +
 	"\bProgress\x12\x1a.tatami.v1.ProgressRequest\x1a\x1b.tatami.v1.ProgressResponse\x12=\n" +
@@ -1418,7 +1711,9 @@ const file_v1_host_proto_rawDesc = "" +
 	"\fAddContainer\x12\x1e.tatami.v1.AddContainerRequest\x1a\x1f.tatami.v1.AddContainerResponse\x12F\n" +
 	"\tNodeStats\x12\x1b.tatami.v1.NodeStatsRequest\x1a\x1c.tatami.v1.NodeStatsResponse\x12=\n" +
 	"\x06Status\x12\x18.tatami.v1.StatusRequest\x1a\x19.tatami.v1.StatusResponse\x12=\n" +
-	"\x06Remove\x12\x18.tatami.v1.RemoveRequest\x1a\x19.tatami.v1.RemoveResponseB?Z=github.com/tatami-containers/tatami/protocols/imageservice/v1b\x06proto3"
+	"\x06Remove\x12\x18.tatami.v1.RemoveRequest\x1a\x19.tatami.v1.RemoveResponse\x124\n" +
+	"\x03Pin\x12\x15.tatami.v1.PinRequest\x1a\x16.tatami.v1.PinResponse\x12:\n" +
+	"\x05Unpin\x12\x17.tatami.v1.UnpinRequest\x1a\x18.tatami.v1.UnpinResponseB?Z=github.com/tatami-containers/tatami/protocols/imageservice/v1b\x06proto3"
 
 var (
 	file_v1_host_proto_rawDescOnce sync.Once
@@ -1432,7 +1727,7 @@ func file_v1_host_proto_rawDescGZIP() []byte {
 	return file_v1_host_proto_rawDescData
 }
 
-var file_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_v1_host_proto_goTypes = []any{
 	(*DescribeRequest)(nil),      // 0: tatami.v1.DescribeRequest
 	(*DescribeResponse)(nil),     // 1: tatami.v1.DescribeResponse
@@ -1450,45 +1745,55 @@ var file_v1_host_proto_goTypes = []any{
 	(*NodeStatsResponse)(nil),    // 13: tatami.v1.NodeStatsResponse
 	(*RemoveRequest)(nil),        // 14: tatami.v1.RemoveRequest
 	(*RemoveResponse)(nil),       // 15: tatami.v1.RemoveResponse
-	(*StatusRequest)(nil),        // 16: tatami.v1.StatusRequest
-	(*StatusResponse)(nil),       // 17: tatami.v1.StatusResponse
-	(*SnapshotterStatus)(nil),    // 18: tatami.v1.SnapshotterStatus
-	(*SnapshotStatus)(nil),       // 19: tatami.v1.SnapshotStatus
-	(*SandboxStatus)(nil),        // 20: tatami.v1.SandboxStatus
-	(*ContainerStatus)(nil),      // 21: tatami.v1.ContainerStatus
-	(*Phase)(nil),                // 22: tatami.v1.Phase
-	(*StatsResponse)(nil),        // 23: tatami.v1.StatsResponse
+	(*PinRequest)(nil),           // 16: tatami.v1.PinRequest
+	(*PinResponse)(nil),          // 17: tatami.v1.PinResponse
+	(*UnpinRequest)(nil),         // 18: tatami.v1.UnpinRequest
+	(*UnpinResponse)(nil),        // 19: tatami.v1.UnpinResponse
+	(*StatusRequest)(nil),        // 20: tatami.v1.StatusRequest
+	(*StatusResponse)(nil),       // 21: tatami.v1.StatusResponse
+	(*StoreStatus)(nil),          // 22: tatami.v1.StoreStatus
+	(*SnapshotterStatus)(nil),    // 23: tatami.v1.SnapshotterStatus
+	(*SnapshotStatus)(nil),       // 24: tatami.v1.SnapshotStatus
+	(*SandboxStatus)(nil),        // 25: tatami.v1.SandboxStatus
+	(*ContainerStatus)(nil),      // 26: tatami.v1.ContainerStatus
+	(*Phase)(nil),                // 27: tatami.v1.Phase
+	(*StatsResponse)(nil),        // 28: tatami.v1.StatsResponse
 }
 var file_v1_host_proto_depIdxs = []int32{
-	22, // 0: tatami.v1.PrepareResponse.phases:type_name -> tatami.v1.Phase
-	23, // 1: tatami.v1.NodeStatsResponse.store:type_name -> tatami.v1.StatsResponse
-	18, // 2: tatami.v1.StatusResponse.snapshotters:type_name -> tatami.v1.SnapshotterStatus
-	20, // 3: tatami.v1.StatusResponse.sandboxes:type_name -> tatami.v1.SandboxStatus
-	19, // 4: tatami.v1.SnapshotterStatus.snapshots:type_name -> tatami.v1.SnapshotStatus
-	21, // 5: tatami.v1.SandboxStatus.containers:type_name -> tatami.v1.ContainerStatus
-	0,  // 6: tatami.v1.Host.Describe:input_type -> tatami.v1.DescribeRequest
-	2,  // 7: tatami.v1.Node.Prepare:input_type -> tatami.v1.PrepareRequest
-	4,  // 8: tatami.v1.Node.Progress:input_type -> tatami.v1.ProgressRequest
-	6,  // 9: tatami.v1.Node.Attach:input_type -> tatami.v1.AttachRequest
-	8,  // 10: tatami.v1.Node.Detach:input_type -> tatami.v1.DetachRequest
-	10, // 11: tatami.v1.Node.AddContainer:input_type -> tatami.v1.AddContainerRequest
-	12, // 12: tatami.v1.Node.NodeStats:input_type -> tatami.v1.NodeStatsRequest
-	16, // 13: tatami.v1.Node.Status:input_type -> tatami.v1.StatusRequest
-	14, // 14: tatami.v1.Node.Remove:input_type -> tatami.v1.RemoveRequest
-	1,  // 15: tatami.v1.Host.Describe:output_type -> tatami.v1.DescribeResponse
-	3,  // 16: tatami.v1.Node.Prepare:output_type -> tatami.v1.PrepareResponse
-	5,  // 17: tatami.v1.Node.Progress:output_type -> tatami.v1.ProgressResponse
-	7,  // 18: tatami.v1.Node.Attach:output_type -> tatami.v1.AttachResponse
-	9,  // 19: tatami.v1.Node.Detach:output_type -> tatami.v1.DetachResponse
-	11, // 20: tatami.v1.Node.AddContainer:output_type -> tatami.v1.AddContainerResponse
-	13, // 21: tatami.v1.Node.NodeStats:output_type -> tatami.v1.NodeStatsResponse
-	17, // 22: tatami.v1.Node.Status:output_type -> tatami.v1.StatusResponse
-	15, // 23: tatami.v1.Node.Remove:output_type -> tatami.v1.RemoveResponse
-	15, // [15:24] is the sub-list for method output_type
-	6,  // [6:15] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	27, // 0: tatami.v1.PrepareResponse.phases:type_name -> tatami.v1.Phase
+	28, // 1: tatami.v1.NodeStatsResponse.store:type_name -> tatami.v1.StatsResponse
+	23, // 2: tatami.v1.StatusResponse.snapshotters:type_name -> tatami.v1.SnapshotterStatus
+	25, // 3: tatami.v1.StatusResponse.sandboxes:type_name -> tatami.v1.SandboxStatus
+	22, // 4: tatami.v1.StatusResponse.store:type_name -> tatami.v1.StoreStatus
+	24, // 5: tatami.v1.SnapshotterStatus.snapshots:type_name -> tatami.v1.SnapshotStatus
+	26, // 6: tatami.v1.SandboxStatus.containers:type_name -> tatami.v1.ContainerStatus
+	0,  // 7: tatami.v1.Host.Describe:input_type -> tatami.v1.DescribeRequest
+	2,  // 8: tatami.v1.Node.Prepare:input_type -> tatami.v1.PrepareRequest
+	4,  // 9: tatami.v1.Node.Progress:input_type -> tatami.v1.ProgressRequest
+	6,  // 10: tatami.v1.Node.Attach:input_type -> tatami.v1.AttachRequest
+	8,  // 11: tatami.v1.Node.Detach:input_type -> tatami.v1.DetachRequest
+	10, // 12: tatami.v1.Node.AddContainer:input_type -> tatami.v1.AddContainerRequest
+	12, // 13: tatami.v1.Node.NodeStats:input_type -> tatami.v1.NodeStatsRequest
+	20, // 14: tatami.v1.Node.Status:input_type -> tatami.v1.StatusRequest
+	14, // 15: tatami.v1.Node.Remove:input_type -> tatami.v1.RemoveRequest
+	16, // 16: tatami.v1.Node.Pin:input_type -> tatami.v1.PinRequest
+	18, // 17: tatami.v1.Node.Unpin:input_type -> tatami.v1.UnpinRequest
+	1,  // 18: tatami.v1.Host.Describe:output_type -> tatami.v1.DescribeResponse
+	3,  // 19: tatami.v1.Node.Prepare:output_type -> tatami.v1.PrepareResponse
+	5,  // 20: tatami.v1.Node.Progress:output_type -> tatami.v1.ProgressResponse
+	7,  // 21: tatami.v1.Node.Attach:output_type -> tatami.v1.AttachResponse
+	9,  // 22: tatami.v1.Node.Detach:output_type -> tatami.v1.DetachResponse
+	11, // 23: tatami.v1.Node.AddContainer:output_type -> tatami.v1.AddContainerResponse
+	13, // 24: tatami.v1.Node.NodeStats:output_type -> tatami.v1.NodeStatsResponse
+	21, // 25: tatami.v1.Node.Status:output_type -> tatami.v1.StatusResponse
+	15, // 26: tatami.v1.Node.Remove:output_type -> tatami.v1.RemoveResponse
+	17, // 27: tatami.v1.Node.Pin:output_type -> tatami.v1.PinResponse
+	19, // 28: tatami.v1.Node.Unpin:output_type -> tatami.v1.UnpinResponse
+	18, // [18:29] is the sub-list for method output_type
+	7,  // [7:18] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_v1_host_proto_init() }
@@ -1503,7 +1808,7 @@ func file_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_v1_host_proto_rawDesc), len(file_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -52,6 +52,8 @@ type NodeService interface {
 	NodeStats(context.Context, *NodeStatsRequest) (*NodeStatsResponse, error)
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	Remove(context.Context, *RemoveRequest) (*RemoveResponse, error)
+	Pin(context.Context, *PinRequest) (*PinResponse, error)
+	Unpin(context.Context, *UnpinRequest) (*UnpinResponse, error)
 }
 
 func RegisterNodeService(srv *ttrpc.Server, svc NodeService) {
@@ -112,6 +114,20 @@ func RegisterNodeService(srv *ttrpc.Server, svc NodeService) {
 					return nil, err
 				}
 				return svc.Remove(ctx, &req)
+			},
+			"Pin": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req PinRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Pin(ctx, &req)
+			},
+			"Unpin": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req UnpinRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Unpin(ctx, &req)
 			},
 		},
 	})
@@ -186,6 +202,22 @@ func (c *nodeClient) Status(ctx context.Context, req *StatusRequest) (*StatusRes
 func (c *nodeClient) Remove(ctx context.Context, req *RemoveRequest) (*RemoveResponse, error) {
 	var resp RemoveResponse
 	if err := c.client.Call(ctx, "tatami.v1.Node", "Remove", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *nodeClient) Pin(ctx context.Context, req *PinRequest) (*PinResponse, error) {
+	var resp PinResponse
+	if err := c.client.Call(ctx, "tatami.v1.Node", "Pin", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *nodeClient) Unpin(ctx context.Context, req *UnpinRequest) (*UnpinResponse, error) {
+	var resp UnpinResponse
+	if err := c.client.Call(ctx, "tatami.v1.Node", "Unpin", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

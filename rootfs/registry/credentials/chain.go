@@ -3,8 +3,8 @@ package credentials
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
+	"strings"
 
 	"oras.land/oras-go/v2/registry/remote/auth"
 
@@ -44,29 +44,16 @@ func Chain(log *slog.Logger, sources ...Source) auth.CredentialFunc {
 	}
 }
 
-// Open returns the sources behind paths: a directory of pull secrets, the
-// kubelet's CredentialProviderConfig, whose programs are in bin, or a file in
-// the form of Docker's config.json, which may come later.
-func Open(paths []string, bin string) ([]Source, error) {
-	var sources []Source
-	for _, path := range paths {
-		p, err := openProviders(path, bin)
-		if err != nil {
-			return nil, fmt.Errorf("credential providers of %s: %w", path, err)
-		}
-		if p != nil {
-			sources = append(sources, p)
-			continue
-		}
-		sources = append(sources, file{path: path})
-	}
-	return sources, nil
-}
-
 // repository is what credentials are wanted for.
-func repository(ctx context.Context, host string) string {
+func RepositoryOf(ctx context.Context, host string) string {
 	if name := registry.LookupOf(ctx).Repository; name != "" {
 		return name
 	}
 	return host
+}
+
+// RegistryOf is the registry of an image, as it is written.
+func RegistryOf(image string) string {
+	domain, _, _ := strings.Cut(image, "/")
+	return domain
 }

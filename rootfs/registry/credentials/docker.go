@@ -18,12 +18,14 @@ import (
 // dockerConfig is what Docker's config.json says of credentials (docs.docker.com,
 // "docker login"); a pull secret has the same form.
 type dockerConfig struct {
-	Auths       map[string]dockerAuth `json:"auths"`
-	CredHelpers map[string]string     `json:"credHelpers"` // by registry
-	CredsStore  string                `json:"credsStore"`  // helper for all other registries
+	Auths       map[string]Login  `json:"auths"`
+	CredHelpers map[string]string `json:"credHelpers"` // by registry
+	CredsStore  string            `json:"credsStore"`  // helper for all other registries
 }
 
-type dockerAuth struct {
+// Login is what one registry is told, in the form that config.json, pull secrets
+// and the AuthConfig of CRI have in common.
+type Login struct {
 	Auth          string `json:"auth"` // base64 of user:password
 	Username      string `json:"username"`
 	Password      string `json:"password"`
@@ -34,7 +36,7 @@ type dockerAuth struct {
 var errForm = errors.New("it is not in the form of Docker's config.json: {\"auths\": {\"host\": {\"auth\": base64 of user:password}}}")
 
 // parseDocker reads a config.json. Its errors quote nothing of it.
-func parseDocker(data []byte) (dockerConfig, keyring, error) {
+func parseDocker(data []byte) (dockerConfig, Keyring, error) {
 	var c dockerConfig
 	if len(bytes.TrimSpace(data)) == 0 {
 		return c, nil, nil
@@ -42,23 +44,46 @@ func parseDocker(data []byte) (dockerConfig, keyring, error) {
 	if json.Unmarshal(data, &c) != nil {
 		return c, nil, errForm
 	}
-	k := keyring{}
-	for pattern, a := range c.Auths {
-		cred, err := a.credential()
+	k, err := ring(c.Auths)
+	return c, k, err
+}
+
+// ParseSecret reads a pull secret of type kubernetes.io/dockerconfigjson. Its errors
+// quote nothing of it.
+func ParseSecret(data []byte) (Keyring, error) {
+	_, k, err := parseDocker(data)
+	return k, err
+}
+
+// ParseDockercfg reads one of type kubernetes.io/dockercfg, the older form, which has
+// only what is below "auths" now.
+func ParseDockercfg(data []byte) (Keyring, error) {
+	var auths map[string]Login
+	if json.Unmarshal(data, &auths) != nil {
+		return nil, errForm
+	}
+	return ring(auths)
+}
+
+func ring(auths map[string]Login) (Keyring, error) {
+	k := Keyring{}
+	for pattern, l := range auths {
+		cred, err := l.Credential()
 		if err != nil {
-			return c, nil, err
+			return nil, err
 		}
 		k[pattern] = cred
 	}
-	return c, k, nil
+	return k, nil
 }
 
-func (a dockerAuth) credential() (auth.Credential, error) {
-	c := auth.Credential{Username: a.Username, Password: a.Password, RefreshToken: a.IdentityToken, AccessToken: a.RegistryToken}
-	if a.Auth == "" {
+// Credential decodes a login. Its errors quote nothing of it.
+func (l Login) Credential() (auth.Credential, error) {
+	c := auth.Credential{Username: l.Username, Password: l.Password, RefreshToken: l.IdentityToken, AccessToken: l.RegistryToken}
+	if l.Auth == "" {
 		return c, nil
 	}
-	plain, err := base64.StdEncoding.DecodeString(a.Auth)
+	plain, err := base64.StdEncoding.DecodeString(l.Auth)
 	user, password, ok := strings.Cut(string(plain), ":")
 	if err != nil || !ok {
 		return auth.EmptyCredential, errForm
@@ -69,7 +94,7 @@ func (a dockerAuth) credential() (auth.Credential, error) {
 
 // docker looks a repository up in a config.json, which need not be there.
 func docker(ctx context.Context, path, repository string) (auth.Credential, error) {
-	data, err := readFile(path)
+	data, err := ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return auth.EmptyCredential, nil
 	}
@@ -80,9 +105,9 @@ func docker(ctx context.Context, path, repository string) (auth.Credential, erro
 	if err != nil {
 		return auth.EmptyCredential, fmt.Errorf("read credentials %s: %w", path, err)
 	}
-	name, server := c.helper(registryOf(repository))
+	name, server := c.helper(RegistryOf(repository))
 	if name == "" {
-		return k.find(repository), nil
+		return k.Find(repository), nil
 	}
 	cred, err := ask(ctx, name, server)
 	if err != nil {
@@ -125,18 +150,18 @@ func ask(ctx context.Context, name, server string) (auth.Credential, error) {
 	if strings.ContainsAny(name, "/ ") {
 		return auth.EmptyCredential, fmt.Errorf("credential helper %q: give a name without docker-credential-", name)
 	}
-	p := program{path: "docker-credential-" + name, args: []string{"get"}}
-	out, err := p.run(ctx, []byte(server))
+	p := Program{Path: "docker-credential-" + name, Args: []string{"get"}}
+	out, err := p.Run(ctx, []byte(server))
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && string(bytes.TrimSpace(out)) == notFound {
 		return auth.EmptyCredential, nil
 	}
 	if err != nil {
-		return auth.EmptyCredential, fmt.Errorf("credential helper %s: %w (run \"echo %s | %s get\" to see why)", p.path, err, server, p.path)
+		return auth.EmptyCredential, fmt.Errorf("credential helper %s: %w (run \"echo %s | %s get\" to see why)", p.Path, err, server, p.Path)
 	}
 	var answer struct{ Username, Secret string }
 	if json.Unmarshal(out, &answer) != nil {
-		return auth.EmptyCredential, fmt.Errorf("credential helper %s: its answer is not JSON of Username and Secret", p.path)
+		return auth.EmptyCredential, fmt.Errorf("credential helper %s: its answer is not JSON of Username and Secret", p.Path)
 	}
 	if answer.Username == tokenUser {
 		return auth.Credential{RefreshToken: answer.Secret}, nil

@@ -20,22 +20,22 @@ const (
 	maxAnswer = 1 << 20
 )
 
-// program is a helper that reads a question and writes an answer. What it writes
+// Program is a helper that reads a question and writes an answer. What it writes
 // to its error output is dropped: it may hold secrets.
-type program struct {
-	path string // or a name to be found in PATH
-	args []string
-	env  []string // beside that of this process
+type Program struct {
+	Path string // or a name to be found in PATH
+	Args []string
+	Env  []string // beside that of this process
 }
 
-// run returns what the program wrote, also when it failed.
-func (p program) run(ctx context.Context, input []byte) ([]byte, error) {
+// Run returns what the program wrote, also when it failed.
+func (p Program) Run(ctx context.Context, input []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, programTimeout)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, p.path, p.args...)
+	cmd := exec.CommandContext(ctx, p.Path, p.Args...)
 	out := &bounded{}
 	cmd.Stdin, cmd.Stdout = bytes.NewReader(input), out
-	cmd.Env = append(os.Environ(), p.env...)
+	cmd.Env = append(os.Environ(), p.Env...)
 	cmd.WaitDelay = killWait
 	err := cmd.Run()
 	switch {

@@ -14,12 +14,16 @@ import (
 )
 
 const (
-	// secretFile is the key of a secret of type kubernetes.io/dockerconfigjson,
+	// SecretKey is the key of a secret of type kubernetes.io/dockerconfigjson,
 	// and so the name of the file where one is mounted.
-	secretFile = ".dockerconfigjson"
+	SecretKey  = ".dockerconfigjson"
 	maxFile    = 1 << 20 // bytes
 	maxSecrets = 256     // files of one directory
 )
+
+// File is the source behind a path: a file in the form of Docker's config.json, or a
+// directory of pull secrets. It is read whenever it is asked, and need not be there yet.
+func File(path string) Source { return file{path} }
 
 // file is a file in the form of Docker's config.json, or a directory of pull
 // secrets, whatever is there when it is asked.
@@ -28,9 +32,9 @@ type file struct{ path string }
 // Credential implements Source.
 func (f file) Credential(ctx context.Context, host string) (auth.Credential, error) {
 	if info, err := os.Stat(f.path); err == nil && info.IsDir() {
-		return secrets(f.path, repository(ctx, host))
+		return secrets(f.path, RepositoryOf(ctx, host))
 	}
-	return docker(ctx, f.path, repository(ctx, host))
+	return docker(ctx, f.path, RepositoryOf(ctx, host))
 }
 
 // secrets looks a repository up in the pull secrets of dir: one that is mounted
@@ -52,7 +56,7 @@ func secrets(dir, repository string) (auth.Credential, error) {
 			failed = errors.Join(failed, fmt.Errorf("pull secret %s: %w", path, err))
 			continue
 		}
-		if cred := k.find(repository); cred != auth.EmptyCredential {
+		if cred := k.Find(repository); cred != auth.EmptyCredential {
 			return cred, nil
 		}
 	}
@@ -65,27 +69,27 @@ func secretFiles(dir string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	files := []string{filepath.Join(dir, secretFile)}
+	files := []string{filepath.Join(dir, SecretKey)}
 	for _, e := range entries {
-		if name := e.Name(); !strings.HasPrefix(name, "..") && name != secretFile && len(files) < maxSecrets {
-			files = append(files, filepath.Join(dir, name, secretFile))
+		if name := e.Name(); !strings.HasPrefix(name, "..") && name != SecretKey && len(files) < maxSecrets {
+			files = append(files, filepath.Join(dir, name, SecretKey))
 		}
 	}
 	return files, nil
 }
 
 // readSecret reads the credentials that are in a file itself.
-func readSecret(path string) (keyring, error) {
-	data, err := readFile(path)
+func readSecret(path string) (Keyring, error) {
+	data, err := ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
-	_, k, err := parseDocker(data)
-	return k, err
+	return ParseSecret(data)
 }
 
-// readFile reads at most maxFile bytes. What is no file is not there.
-func readFile(path string) ([]byte, error) {
+// ReadFile reads a small file, and refuses a longer one. What is no file is not there
+// (fs.ErrNotExist).
+func ReadFile(path string) ([]byte, error) {
 	if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() {
 		return nil, fs.ErrNotExist
 	}

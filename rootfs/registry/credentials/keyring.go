@@ -10,18 +10,24 @@ import (
 	"oras.land/oras-go/v2/registry/remote/auth"
 )
 
-// keyring has credentials for patterns of repositories, as the kubelet has them
-// (kubernetes pkg/credentialprovider/keyring.go): "registry.io:8080/path",
+// Keyring has credentials for patterns of repositories, as the kubelet has them
+// (kubernetes pkg/credentialprovider/Keyring.go): "registry.io:8080/path",
 // "*.azurecr.io", "https://index.docker.io/v1/".
-type keyring map[string]auth.Credential
+type Keyring map[string]auth.Credential
 
 // hub are the names of Docker's registry. Its key in a config.json is
 // "https://index.docker.io/v1/".
 var hub = []string{"docker.io", "index.docker.io", "registry-1.docker.io"}
 
-// find returns the credential of the most specific pattern that matches: longer
-// ones come first, and those without wildcards.
-func (k keyring) find(repository string) auth.Credential {
+// Find returns the credential of the most specific pattern that matches.
+func (k Keyring) Find(repository string) auth.Credential {
+	_, cred := k.Match(repository)
+	return cred
+}
+
+// Match returns the most specific pattern that matches, with its credential; "" for
+// none. Longer ones come first, and those without wildcards.
+func (k Keyring) Match(repository string) (pattern string, cred auth.Credential) {
 	names := []string{repository}
 	domain, rest, _ := strings.Cut(repository, "/")
 	if slices.Contains(hub, domain) {
@@ -37,17 +43,17 @@ func (k keyring) find(repository string) auth.Credential {
 	slices.Sort(patterns)
 	slices.Reverse(patterns)
 	for _, p := range patterns {
-		if slices.ContainsFunc(names, func(name string) bool { return matches(p, name) }) {
-			return k[p]
+		if slices.ContainsFunc(names, func(name string) bool { return Matches(p, name) }) {
+			return p, k[p]
 		}
 	}
-	return auth.EmptyCredential
+	return "", auth.EmptyCredential
 }
 
-// matches tells whether a repository, without tag or digest, is one that a
+// Matches tells whether a repository, without tag or digest, is one that a
 // pattern means: as many parts of the host name, each of which matches, the same
 // port, and a path that begins like the pattern's.
-func matches(pattern, repository string) bool {
+func Matches(pattern, repository string) bool {
 	glob, ok := split(pattern)
 	target, ok2 := split(repository)
 	if !ok || !ok2 || glob.port != target.port || len(glob.parts) != len(target.parts) || !strings.HasPrefix(target.path, glob.path) {
@@ -64,6 +70,12 @@ func matches(pattern, repository string) bool {
 type location struct {
 	parts      []string // of the host name
 	port, path string
+}
+
+// ValidPattern tells whether something can be a pattern.
+func ValidPattern(pattern string) bool {
+	_, ok := split(pattern)
+	return ok
 }
 
 // split takes a pattern apart. A scheme says nothing, as "/v1/" and "/v2/" do.

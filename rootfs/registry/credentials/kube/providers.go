@@ -1,10 +1,11 @@
-package credentials
+package kube
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -12,6 +13,8 @@ import (
 
 	"go.yaml.in/yaml/v3"
 	"oras.land/oras-go/v2/registry/remote/auth"
+
+	"github.com/tatami-containers/tatami/rootfs/registry/credentials"
 )
 
 // API versions of the kubelet's file and of the requests to its providers. The
@@ -54,8 +57,8 @@ type providers []*plugin
 
 // openProviders reads the kubelet's file; it is nil for any other file, and for
 // none.
-func openProviders(path, bin string) (Source, error) {
-	data, err := readFile(path)
+func openProviders(path, bin string, log *slog.Logger) (credentials.Source, error) {
+	data, err := credentials.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -69,8 +72,13 @@ func openProviders(path, bin string) (Source, error) {
 	if !filepath.IsAbs(bin) {
 		return nil, errors.New("the directory of their programs is not set: the kubelet has it as --image-credential-provider-bin-dir")
 	}
-	var list providers
+	list := providers{}
 	for _, p := range f.Providers {
+		if p.needsToken() {
+			log.Warn("a credential provider is left out: it needs tokens of service accounts, which only the kubelet has; with cri.image_service its answers are known from pulls",
+				"provider", p.Name, "config", path)
+			continue
+		}
 		plugin, err := p.plugin(bin)
 		if err != nil {
 			return nil, fmt.Errorf("provider %q: %w", p.Name, err)
@@ -120,7 +128,7 @@ func (p provider) plugin(bin string) (*plugin, error) {
 		return nil, errors.New("matchImages: give at least one")
 	}
 	for _, pattern := range p.MatchImages {
-		if _, ok := split(pattern); !ok {
+		if !credentials.ValidPattern(pattern) {
 			return nil, fmt.Errorf("matchImages %q: it is no pattern of images", pattern)
 		}
 	}
@@ -131,25 +139,29 @@ func (p provider) plugin(bin string) (*plugin, error) {
 	if err != nil || life < 0 {
 		return nil, fmt.Errorf("defaultCacheDuration %q: write \"12h\"", *p.DefaultCacheDuration)
 	}
-	if t := p.TokenAttributes; t != nil && (t.RequireServiceAccount == nil || *t.RequireServiceAccount) {
-		return nil, errors.New("it needs tokens of service accounts, which only the kubelet has: leave it out, or set requireServiceAccount: false")
-	}
 	out := &plugin{
-		program:    program{path: filepath.Join(bin, p.Name), args: p.Args},
+		Program:    credentials.Program{Path: filepath.Join(bin, p.Name), Args: p.Args},
 		apiVersion: p.APIVersion, match: p.MatchImages, life: life,
 	}
 	for _, e := range p.Env {
-		out.env = append(out.env, e.Name+"="+e.Value)
+		out.Env = append(out.Env, e.Name+"="+e.Value)
 	}
 	return out, nil
 }
 
+// needsToken says that a provider does nothing without the token of a pod's service
+// account (KEP-4412). It is made for one pod, which a read of an image is not.
+func (p provider) needsToken() bool {
+	t := p.TokenAttributes
+	return t != nil && (t.RequireServiceAccount == nil || *t.RequireServiceAccount)
+}
+
 // Credential implements Source.
 func (list providers) Credential(ctx context.Context, host string) (auth.Credential, error) {
-	image := repository(ctx, host)
+	image := credentials.RepositoryOf(ctx, host)
 	var failed error
 	for _, p := range list {
-		if !slices.ContainsFunc(p.match, func(pattern string) bool { return matches(pattern, image) }) {
+		if !slices.ContainsFunc(p.match, func(pattern string) bool { return credentials.Matches(pattern, image) }) {
 			continue
 		}
 		cred, err := p.credential(ctx, image)

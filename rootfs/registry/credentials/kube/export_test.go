@@ -1,14 +1,15 @@
-package credentials
+package kube
 
 import (
 	"context"
 	"time"
 
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/registry/credentials"
 )
 
 // Age makes the cached answers of a source older.
-func Age(s Source, by time.Duration) {
+func Age(s credentials.Source, by time.Duration) {
 	for _, p := range s.(providers) {
 		p.mu.Lock()
 		for key, a := range p.cache {

@@ -1,4 +1,4 @@
-package credentials_test
+package kube_test
 
 import (
 	"bytes"
@@ -20,6 +20,7 @@ import (
 
 	"github.com/tatami-containers/tatami/rootfs/registry"
 	"github.com/tatami-containers/tatami/rootfs/registry/credentials"
+	"github.com/tatami-containers/tatami/rootfs/registry/credentials/kube"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 )
 
@@ -94,10 +95,15 @@ func encode(user, password string) string {
 
 func open(t *testing.T, bin string, paths ...string) []credentials.Source {
 	t.Helper()
-	sources, err := credentials.Open(paths, bin)
+	sources, err := kube.Open(paths, bin, discard)
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := sources.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return sources
 }
 
@@ -131,6 +137,9 @@ func (c *client) resolve(t *testing.T, repository string) error {
 	_, err := c.Repository(parse(t, c.host+"/"+repository)).Resolve(t.Context(), "v1")
 	return err
 }
+
+// discard is a log that nobody reads.
+var discard = slog.New(slog.DiscardHandler)
 
 // one has a credential for one repository.
 type one struct {
@@ -390,13 +399,13 @@ func TestProviderRenewal(t *testing.T) {
 	h.set(t, "answer", answer("Registry", "20s", reg.Host(), "s3cr3t"))
 	source := providers(t, h, reg, "1h")[0]
 	look := func(refused bool) (auth.Credential, error) {
-		return source.Credential(credentials.WithLookup(t.Context(), reg.Host()+"/library/x", refused), reg.Host())
+		return source.Credential(kube.WithLookup(t.Context(), reg.Host()+"/library/x", refused), reg.Host())
 	}
 	if cred, err := look(false); err != nil || cred.Password != "s3cr3t" {
 		t.Fatal(err)
 	}
 	h.set(t, "exit", "")
-	credentials.Age(source, 16*time.Second)
+	kube.Age(source, 16*time.Second)
 	if cred, err := look(false); err != nil || cred.Password != "s3cr3t" {
 		t.Errorf("while the provider fails: %v", err)
 	}
@@ -419,14 +428,14 @@ func TestProviderRenewal(t *testing.T) {
 	if n := len(h.runs(t)); n != 4 {
 		t.Errorf("the provider ran %d times", n)
 	}
-	credentials.Age(source, 6*time.Second) // still fresh, but old enough to be wrong
+	kube.Age(source, 6*time.Second) // still fresh, but old enough to be wrong
 	if _, err := look(false); err != nil || len(h.runs(t)) != 4 {
 		t.Errorf("a fresh answer: %v, %d runs", err, len(h.runs(t)))
 	}
 	if _, err := look(true); err != nil || len(h.runs(t)) != 5 {
 		t.Errorf("a refused answer: %v, %d runs", err, len(h.runs(t)))
 	}
-	credentials.Age(source, 25*time.Second)
+	kube.Age(source, 25*time.Second)
 	h.set(t, "exit", "")
 	if _, err := look(false); err == nil {
 		t.Error("an answer is used after its end")
@@ -487,24 +496,23 @@ func TestProviderConfigMistakes(t *testing.T) {
 		{"no duration", `defaultCacheDuration: "DEFAULT"`, "", "defaultCacheDuration"},
 		{"bad duration", "DEFAULT", "soon", "defaultCacheDuration"},
 		{"negative duration", "DEFAULT", "-1h", "defaultCacheDuration"},
-		{"service accounts", "  env:", "  tokenAttributes: {requireServiceAccount: true, serviceAccountTokenAudience: x}\n  env:", "service accounts"},
 		{"wrong type", "args: [get-credentials, --verbose]", "args: {a: b}", "cannot be decoded"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "c.yaml")
 			text := strings.ReplaceAll(strings.Replace(providerConfig, tc.old, tc.new, 1), "DEFAULT", "1h")
 			write(t, path, strings.ReplaceAll(text, "PORT", "5000"))
-			if _, err := credentials.Open([]string{path}, "/usr/bin"); err == nil || !strings.Contains(err.Error(), tc.want) || !strings.Contains(err.Error(), path) {
+			if _, err := kube.Open([]string{path}, "/usr/bin", discard); err == nil || !strings.Contains(err.Error(), tc.want) || !strings.Contains(err.Error(), path) {
 				t.Errorf("error %v, want one with %q", err, tc.want)
 			}
 		})
 	}
 	path := filepath.Join(t.TempDir(), "c.json")
 	write(t, path, `{"kind":"CredentialProviderConfig","apiVersion":"kubelet.config.k8s.io/v1beta1","providers":[{"name":"x","matchImages":["*"],"defaultCacheDuration":"0","apiVersion":"credentialprovider.kubelet.k8s.io/v1beta1","tokenAttributes":{"requireServiceAccount":false}}]}`)
-	if _, err := credentials.Open([]string{path}, "/usr/bin"); err != nil {
+	if _, err := kube.Open([]string{path}, "/usr/bin", discard); err != nil {
 		t.Errorf("JSON: %v", err)
 	}
-	if _, err := credentials.Open([]string{path}, ""); err == nil || !strings.Contains(err.Error(), "bin-dir") {
+	if _, err := kube.Open([]string{path}, "", discard); err == nil || !strings.Contains(err.Error(), "bin-dir") {
 		t.Errorf("no directory of programs: %v", err)
 	}
 }

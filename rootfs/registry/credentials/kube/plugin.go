@@ -1,11 +1,10 @@
-package credentials
+package kube
 
 import (
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 	"sync"
 	"time"
 
@@ -13,6 +12,7 @@ import (
 	"oras.land/oras-go/v2/registry/remote/auth"
 
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/registry/credentials"
 )
 
 const (
@@ -28,7 +28,7 @@ const (
 // pkg/credentialprovider/plugin/plugin.go and
 // staging/src/k8s.io/kubelet/pkg/apis/credentialprovider/v1/types.go).
 type plugin struct {
-	program
+	credentials.Program
 	apiVersion string
 	match      []string      // patterns of images
 	life       time.Duration // of an answer that does not say; 0 is not cached
@@ -44,7 +44,7 @@ const globalKey = ""
 
 // answer is what a provider said.
 type answer struct {
-	keys    keyring
+	keys    credentials.Keyring
 	made    time.Time
 	expires time.Time // zero: good for one lookup
 }
@@ -65,24 +65,19 @@ func (p *plugin) credential(ctx context.Context, image string) (auth.Credential,
 	again := lookup.Refused && now.Sub(old.made) >= refusedAge
 	if ok && old.fresh(now) && !again {
 		lookup.Expires = old.expires
-		return old.keys.find(image), nil
+		return old.keys.Find(image), nil
 	}
 	v, err, _ := p.running.Do(image, func() (any, error) { return p.ask(ctx, image) })
 	if err == nil {
 		a := v.(answer)
 		lookup.Expires = a.expires
-		return a.keys.find(image), nil
+		return a.keys.Find(image), nil
 	}
 	if ok && old.valid(now) && !lookup.Refused {
 		lookup.Expires = old.expires
-		return old.keys.find(image), nil
+		return old.keys.Find(image), nil
 	}
 	return auth.EmptyCredential, err
-}
-
-func registryOf(image string) string {
-	domain, _, _ := strings.Cut(image, "/")
-	return domain
 }
 
 // cached returns the valid answer for an image: one of its own, of its
@@ -90,7 +85,7 @@ func registryOf(image string) string {
 func (p *plugin) cached(image string) (answer, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, key := range []string{image, registryOf(image), globalKey} {
+	for _, key := range []string{image, credentials.RegistryOf(image), globalKey} {
 		if a, ok := p.cache[key]; ok && a.valid(time.Now()) {
 			return a, true
 		}
@@ -104,13 +99,13 @@ func (p *plugin) ask(ctx context.Context, image string) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	out, err := p.run(ctx, request)
+	out, err := p.Run(ctx, request)
 	if err != nil {
-		return answer{}, fmt.Errorf("credential provider %s for %s: %w (run it by hand to see why: it reads %s)", p.path, image, err, request)
+		return answer{}, fmt.Errorf("credential provider %s for %s: %w (run it by hand to see why: it reads %s)", p.Path, image, err, request)
 	}
 	key, a, err := p.decode(out, image, time.Now())
 	if err != nil {
-		return answer{}, fmt.Errorf("credential provider %s for %s: %w", p.path, image, err)
+		return answer{}, fmt.Errorf("credential provider %s for %s: %w", p.Path, image, err)
 	}
 	if a.expires.IsZero() {
 		return a, nil
@@ -157,7 +152,7 @@ func (p *plugin) decode(data []byte, image string, now time.Time) (key string, a
 	case "Image":
 		key = image
 	case "Registry":
-		key = registryOf(image)
+		key = credentials.RegistryOf(image)
 	case "Global":
 		key = globalKey
 	default:
@@ -169,7 +164,7 @@ func (p *plugin) decode(data []byte, image string, now time.Time) (key string, a
 			return "", answer{}, errors.New("its answer has a cacheDuration that is no duration")
 		}
 	}
-	a = answer{keys: keyring{}, made: now}
+	a = answer{keys: credentials.Keyring{}, made: now}
 	if life > 0 {
 		a.expires = now.Add(life)
 	}
