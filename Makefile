@@ -16,7 +16,7 @@ GOFLAGS_STATIC := -trimpath -ldflags '-s -w'
 PROTOS := cdh/cdh.proto v1/guest.proto v1/runner.proto v1/host.proto
 FUZZTIME ?= 10s
 
-.PHONY: help build setup run test check vet lint generate check-generate fuzz bench bench-formats bench-virtiofs image-torch nydus virtiofsd clean
+.PHONY: help build setup run test check vet lint generate check-generate fuzz bench bench-formats bench-virtiofs bench-scale bench-fleet image-torch nydus virtiofsd clean
 
 help:
 	@echo 'make run        a container in a real VM from an image that is not there yet,'
@@ -26,6 +26,8 @@ help:
 	@echo 'make bench      the measurements of README.md'
 	@echo 'make bench-formats  those of every image format on an image of 1.8 GB'
 	@echo 'make bench-virtiofs  virtio-fs against the relay, full pulls and other devices'
+	@echo 'make bench-scale  fifty sandboxes of one image at a time, against one and against full pulls'
+	@echo 'make bench-fleet  a model of 1,000 to 10,000 nodes, with charts in .cache/fleet'
 	@echo 'make check      what needs no privileges: build, vet, lint, generated code'
 	@echo 'make fuzz       every fuzz target for FUZZTIME (10s)'
 
@@ -83,6 +85,15 @@ virtiofsd: setup
 
 bench-virtiofs: setup build
 	@CACHE=$(CACHE) tools/bench-virtiofs.sh
+
+bench-scale: setup
+	@mkdir -p $(CACHE)
+	@go test -run '^$$' -bench Sandboxes -benchtime 1x -timeout 30m ./tests/scale >$(CACHE)/scale.log 2>&1 || { cat $(CACHE)/scale.log; exit 1; }
+	@grep '^|' $(CACHE)/scale.log
+
+bench-fleet:
+	@mkdir -p $(CACHE)/fleet
+	@go run ./tests/bench/fleet -out $(CACHE)/fleet
 
 clean:
 	rm -rf $(BIN) $(CACHE)

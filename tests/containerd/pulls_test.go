@@ -90,6 +90,23 @@ func (r *rig) testFallback(t *testing.T) {
 	}
 }
 
+// testRegistryFails pulls an image while its registry fails for the node: the pull
+// fails and says why, and the next one has the image lazily.
+func (r *rig) testRegistryFails(t *testing.T) {
+	app := r.reg.pushApp(t, "fails", 6)
+	r.reg.failing.Store(true)
+	out, err := r.try(t, r.crictlArgs("pull", app.ref)...)
+	r.reg.failing.Store(false)
+	if err == nil || !strings.Contains(out+err.Error(), "HTTP status 503") || !strings.Contains(out+err.Error(), "this may pass, pull again") {
+		t.Errorf("pull while the registry fails: %v %s", err, out)
+	}
+	r.crictl(t, "pull", app.ref)
+	defer r.crictl(t, "rmi", app.ref)
+	if r.hasContent(t, "k8s.io", app.layers[1]) {
+		t.Error("containerd has fetched the upper layer")
+	}
+}
+
 // saysWhy looks for a line about an image's fallback that names the reason.
 func saysWhy(text, reason string) error {
 	for line := range strings.Lines(text) {

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -24,8 +25,12 @@ type registry struct {
 	host   string // of the proxy; for references
 	behind string // of docker-registry; for pushes
 
+	failing atomic.Bool // requests of tatami-host for blobs
+
 	mu    sync.Mutex
 	blobs map[string]int64 // bytes sent by path; protected by mu
+	// passwords of private repositories, of any user; protected by mu
+	passwords map[string]string
 }
 
 const registryConfig = `
@@ -69,14 +74,51 @@ func startRegistry(t testing.TB) *registry {
 		}
 		return err
 	})
-	front := httptest.NewServer(&httputil.ReverseProxy{
+	proxy := r.guard(&httputil.ReverseProxy{
 		Rewrite:        func(p *httputil.ProxyRequest) { p.SetURL(target); p.Out.Host = p.In.Host },
 		ModifyResponse: r.watch,
 		FlushInterval:  10 * time.Millisecond,
 	})
+	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if r.failing.Load() && strings.Contains(req.URL.Path, "/blobs/") && req.UserAgent() == "tatami-host" {
+			http.Error(w, "not now", http.StatusServiceUnavailable)
+			return
+		}
+		proxy.ServeHTTP(w, req)
+	}))
 	t.Cleanup(front.Close)
 	r.host = front.Listener.Addr().String()
 	return r
+}
+
+// protect makes a repository private; with another password the last one is refused
+// from now on.
+func (r *registry) protect(repo, password string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.passwords == nil {
+		r.passwords = map[string]string{}
+	}
+	r.passwords[repo] = password
+}
+
+// guard asks for basic authentication (RFC 7617) before private repositories.
+func (r *registry) guard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		_, given, _ := req.BasicAuth()
+		r.mu.Lock()
+		refused := false
+		for repo, password := range r.passwords {
+			refused = refused || strings.HasPrefix(req.URL.Path, "/v2/"+repo+"/") && given != password
+		}
+		r.mu.Unlock()
+		if refused {
+			w.Header().Set("WWW-Authenticate", `Basic realm="tests"`)
+			http.Error(w, `{"errors": [{"code": "UNAUTHORIZED"}]}`, http.StatusUnauthorized)
+			return
+		}
+		next.ServeHTTP(w, req)
+	})
 }
 
 // watch counts the bytes of an answer as they are sent on.

@@ -41,6 +41,7 @@ func TestShare(t *testing.T) {
 			t.Run("crictl", r.testCrictl)
 			t.Run("pulls", r.testPulls)
 			t.Run("fallback", r.testFallback)
+			t.Run("registry fails", r.testRegistryFails)
 			if w.transfer {
 				return // the rest does not depend on it
 			}
