@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -261,5 +262,36 @@ func TestMirror(t *testing.T) {
 	d.end(t)
 	if _, err := get(); err == nil {
 		t.Error("the mirror serves after the end")
+	}
+}
+
+// A daemon gives bytes up that are over its bound as soon as it knows what is in use:
+// at once, when no sandboxes have to be found.
+func TestRunReleasesStore(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	noise := make([]byte, 4<<20)                    // no two chunks are the same
+	_, _ = rand.NewChaCha8([32]byte{1}).Read(noise) // has no error
+	layer := registrytest.Must(registrytest.Gzip(registrytest.Must(registrytest.Tar(registrytest.File("a", 0o644, string(noise))))))
+	reg.PushImage("library/app", "v1", registrytest.Image{Layers: []registrytest.Layer{layer}})
+	d := run(t, nil)
+	n, _ := d.connect(t)
+	if _, err := n.Prepare(t.Context(), &api.PrepareRequest{Reference: reg.Host() + "/library/app:v1"}); err != nil {
+		t.Fatal(err)
+	}
+	d.stop()
+	d.end(t)
+	d = run(t, func(c *config.Config) { *c = d.cfg; c.Store.Size, c.Store.Pinned = "1M", nil })
+	n, _ = d.connect(t)
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		st, err := n.Status(t.Context(), &api.StatusRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.Store.Evicted > 0 && st.Store.Used <= st.Store.High {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("nothing makes way: %v", st.Store)
+		}
 	}
 }
