@@ -15,6 +15,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/layer"
 	"github.com/tatami-containers/tatami/rootfs/layer/nydus"
 	"github.com/tatami-containers/tatami/rootfs/layer/soci"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Repository is where an image and what was published beside it are read from.
@@ -72,6 +73,9 @@ type Finder struct {
 	externalTOCs map[digest.Digest]layer.Descriptor // by the digests of layers; set by external
 	externalErr  error
 
+	// CPU is what reading an index waits for. Nobody has a turn while he waits for a
+	// registry. Nil lets all compute.
+	CPU *sched.Slots
 	// Artifacts are the index artifacts that Discover has found, the best first.
 	Artifacts []Artifact
 	// Fetched is how many bytes of manifests Discover has read.

@@ -17,6 +17,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/layer/nydus"
 	"github.com/tatami-containers/tatami/rootfs/layer/soci"
 	"github.com/tatami-containers/tatami/rootfs/layer/zstdchunked"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // tocWay takes the index from a layer's table of contents, if the manifest
@@ -24,15 +25,15 @@ import (
 func (f *Finder) tocWay(l Layer) (Way, bool) {
 	if strings.HasSuffix(l.MediaType, "zstd") {
 		toc, ok := zstdchunked.TOC(l.Annotations)
-		return f.rangedWay(FromTOC, toc, func(ctx context.Context, blobs blobs) (*index.Layer, error) {
+		return f.rangedWay(FromTOC, toc, func(ctx context.Context, blobs blobs, _ *sched.Worker) (*index.Layer, error) {
 			return zstdchunked.Open(ctx, blobs(l.Descriptor), l.Descriptor)
 		}), ok
 	}
 	toc, ok := estargz.TOC(l.Annotations)
-	return f.rangedWay(FromTOC, toc, func(ctx context.Context, blobs blobs) (*index.Layer, error) {
+	return f.rangedWay(FromTOC, toc, func(ctx context.Context, blobs blobs, worker *sched.Worker) (*index.Layer, error) {
 		made, err := estargz.Open(ctx, blobs(l.Descriptor), l.Descriptor, toc)
 		if errdefs.IsNotFound(err) {
-			return f.openExternal(ctx, blobs, l, toc, err)
+			return f.openExternal(ctx, blobs, worker, l, toc, err)
 		}
 		return made, err
 	}), ok
@@ -40,7 +41,7 @@ func (f *Finder) tocWay(l Layer) (Way, bool) {
 
 // nydusWay takes the index of the whole image from its bootstrap.
 func (f *Finder) nydusWay(l Layer) Way {
-	return f.rangedWay(FromNydus, l.Digest, func(ctx context.Context, blobs blobs) (*index.Layer, error) {
+	return f.rangedWay(FromNydus, l.Digest, func(ctx context.Context, blobs blobs, _ *sched.Worker) (*index.Layer, error) {
 		return nydus.Open(ctx, f.descriptors(), blobs)
 	})
 }
@@ -49,23 +50,41 @@ func (f *Finder) nydusWay(l Layer) Way {
 type blobs = func(layer.Descriptor) layer.Blob
 
 // rangedWay is one that reads ranges of blobs. What by names is bound.
-func (f *Finder) rangedWay(from string, by digest.Digest, open func(context.Context, blobs) (*index.Layer, error)) Way {
+func (f *Finder) rangedWay(from string, by digest.Digest, open func(context.Context, blobs, *sched.Worker) (*index.Layer, error)) Way {
 	return Way{From: from, By: by, Bound: true, Lazy: true, Open: func(ctx context.Context) (*index.Layer, int64, error) {
 		var read counters
-		made, err := open(ctx, func(d layer.Descriptor) layer.Blob { return read.count(f.blob(d)) })
+		made, err := f.compute(ctx, func(worker *sched.Worker) (*index.Layer, error) {
+			return open(ctx, func(d layer.Descriptor) layer.Blob { return layer.Waiting(read.count(f.blob(d)), worker) }, worker)
+		})
 		return made, read.total(), err
 	}}
+}
+
+// compute calls open with a worker that has a turn.
+func (f *Finder) compute(ctx context.Context, open func(*sched.Worker) (*index.Layer, error)) (*index.Layer, error) {
+	worker := f.CPU.Worker(ctx)
+	if err := worker.Begin(); err != nil {
+		return nil, err
+	}
+	defer worker.End()
+	return open(worker)
 }
 
 // openExternal looks for the TOC of an eStargz layer, whose blob has none, in
 // the image that its converter may have put it into. inside says what was wrong
 // with the blob.
-func (f *Finder) openExternal(ctx context.Context, blobs blobs, l Layer, toc digest.Digest, inside error) (*index.Layer, error) {
-	f.external.Do(func() {
-		if tag, ok := f.tag(); ok {
-			f.externalTOCs, f.externalErr = estargz.FindExternal(ctx, f.repo, tag, f.descriptors())
-		}
+func (f *Finder) openExternal(ctx context.Context, blobs blobs, worker *sched.Worker, l Layer, toc digest.Digest, inside error) (*index.Layer, error) {
+	err := worker.Wait(func() error {
+		f.external.Do(func() {
+			if tag, ok := f.tag(); ok {
+				f.externalTOCs, f.externalErr = estargz.FindExternal(ctx, f.repo, tag, f.descriptors())
+			}
+		})
+		return nil
 	})
+	if err != nil {
+		return nil, err
+	}
 	desc, ok := f.externalTOCs[l.Digest]
 	if !ok {
 		if f.externalErr != nil {
@@ -101,7 +120,9 @@ func (f *Finder) sociWay(l Layer, ztoc soci.Ztoc) Way {
 		if err != nil {
 			return nil, 0, err
 		}
-		made, err := soci.Open(data, ztoc.Digest, l.Descriptor)
+		made, err := f.compute(ctx, func(*sched.Worker) (*index.Layer, error) {
+			return soci.Open(data, ztoc.Digest, l.Descriptor)
+		})
 		return made, ztoc.Size, err
 	}}
 }
@@ -124,7 +145,7 @@ func (f *Finder) fileWay(l Layer, desc ocispec.Descriptor, bound bool) Way {
 		if err != nil {
 			return nil, 0, err
 		}
-		made, err := index.DecodeLayer(data)
+		made, err := f.compute(ctx, func(*sched.Worker) (*index.Layer, error) { return index.DecodeLayer(data) })
 		if err == nil {
 			err = checkFile(l, made)
 		}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"io"
 	"sync"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // How far a stage may run ahead of the next one: enough that neither waits for
@@ -16,27 +18,29 @@ const (
 // ahead is a stage of a pipeline: it reads from a source in a goroutine of its
 // own, and others read from it what that goroutine got.
 type ahead struct {
+	worker *sched.Worker // who reads from it
+
 	full, free chan []byte
 	err        error // the source's; set before full is closed
 
 	buf, rest []byte // being read
 }
 
-// startAhead begins reading src until it ends or ctx is done. Whoever calls it
-// waits for g, which can take as long as a Read of src.
-func startAhead(ctx context.Context, g *sync.WaitGroup, src io.Reader) *ahead {
+// startAhead begins reading src until it ends or ctx is done, as worker.
+// Whoever calls it waits for g, which can take as long as a Read of src.
+func startAhead(ctx context.Context, g *sync.WaitGroup, src io.Reader, worker *sched.Worker) *ahead {
 	a := &ahead{full: make(chan []byte, aheadBuffers), free: make(chan []byte, aheadBuffers)}
 	for range aheadBuffers {
 		a.free <- make([]byte, aheadSize)
 	}
 	g.Go(func() {
 		defer close(a.full)
-		a.err = a.run(ctx, src)
+		a.err = a.run(ctx, src, worker)
 	})
 	return a
 }
 
-func (a *ahead) run(ctx context.Context, src io.Reader) error {
+func (a *ahead) run(ctx context.Context, src io.Reader, worker *sched.Worker) error {
 	for {
 		var b []byte
 		select {
@@ -44,7 +48,11 @@ func (a *ahead) run(ctx context.Context, src io.Reader) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
+		if err := worker.Begin(); err != nil {
+			return err
+		}
 		n, err := readMost(src, b[:aheadSize])
+		worker.End()
 		a.full <- b[:n] // has room for every buffer
 		if err != nil {
 			return err
@@ -68,14 +76,31 @@ func (a *ahead) Read(p []byte) (int, error) {
 		if a.buf != nil {
 			a.free <- a.buf // has room for every buffer
 		}
-		b, ok := <-a.full
+		b, ok, err := a.next()
+		a.buf, a.rest = b, b
 		if !ok {
-			a.buf = nil
 			return 0, a.err
 		}
-		a.buf, a.rest = b, b
+		if err != nil {
+			return 0, err
+		}
 	}
 	n := copy(p, a.rest)
 	a.rest = a.rest[n:]
 	return n, nil
+}
+
+// next returns what was read next; false when there is no more. It keeps the turn
+// when something is there already.
+func (a *ahead) next() (b []byte, ok bool, err error) {
+	select {
+	case b, ok = <-a.full:
+		return b, ok, nil
+	default:
+	}
+	err = a.worker.Wait(func() error {
+		b, ok = <-a.full
+		return nil
+	})
+	return b, ok, err
 }

@@ -7,6 +7,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Descriptor names a blob: digest, size in bytes and media type.
@@ -19,6 +21,43 @@ type Blob interface {
 	// ReadRange reads n bytes from offset off on. The stream fails with
 	// io.ErrUnexpectedEOF when it has fewer.
 	ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, error)
+}
+
+// Waiting returns b, for which worker waits.
+func Waiting(b Blob, worker *sched.Worker) Blob {
+	if worker == nil {
+		return b
+	}
+	return waiting{b, worker}
+}
+
+type waiting struct {
+	Blob
+	worker *sched.Worker
+}
+
+// ReadRange implements Blob.
+func (w waiting) ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, error) {
+	var body io.ReadCloser
+	var err error
+	again := w.worker.Wait(func() error {
+		body, err = w.Blob.ReadRange(ctx, off, n)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if again != nil {
+		_ = body.Close() // nobody will read it
+		return nil, again
+	}
+	return waited{w.worker.Reader(body), body}, nil
+}
+
+// waited is a body with another way to read it.
+type waited struct {
+	io.Reader
+	io.Closer
 }
 
 // CheckMediaType tells whether Build can read layers of a media type. An empty

@@ -16,6 +16,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
 	"github.com/tatami-containers/tatami/rootfs/layer/tarball"
 	"github.com/tatami-containers/tatami/rootfs/layer/zstd"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Options of Build. The zero value is the usual.
@@ -29,6 +30,9 @@ type Options struct {
 	// Progress, if set, is told how many bytes of the blob were read so far.
 	// It is called by another goroutine, but not after Build has returned.
 	Progress func(read int64)
+	// CPU is what computing waits for, as ctx's work. Nobody has a turn while waiting
+	// for r or seg. Nil lets all compute.
+	CPU *sched.Slots
 	// Skeleton asks for Layer.Skeleton, with which DiffID can be checked when
 	// only the segment is there. It is left out if it would be above 1 GiB.
 	Skeleton bool
@@ -82,14 +86,16 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 	// Three goroutines share the work: reading and hashing the blob, inflating
 	// (most of it; zstd's decoder has some more), and here hashing and sorting
 	// out what comes out.
-	blob := &verified{ctx: ctx, r: r, desc: desc, verifier: desc.Digest.Verifier(), progress: opts.Progress}
-	packed := startAhead(ctx, &stages, blob)
+	blob := &verified{ctx: ctx, r: r, desc: desc, verifier: desc.Digest.Verifier(), progress: opts.Progress, worker: opts.CPU.Worker(ctx)}
+	packed := startAhead(ctx, &stages, blob, nil)
 	head, whole, err := peek(packed)
 	if err != nil {
 		return nil, err
 	}
-	b := builder{desc: desc, seg: newSegment(seg), skeleton: opts.Skeleton}
+	worker := opts.CPU.Worker(ctx)
+	b := builder{desc: desc, seg: newSegment(seg, worker), skeleton: opts.Skeleton, worker: worker}
 	if !gzip.IsGzip(head) && !zstd.IsZstd(head) {
+		packed.worker = worker
 		l, err := b.scan(whole, index.Tar)
 		return l, blame(err, whole)
 	}
@@ -99,7 +105,9 @@ func build(ctx context.Context, r io.Reader, desc Descriptor, seg io.Writer, opt
 		stages.Wait()
 		_ = z.Close() // never has an error
 	}()
-	plain := startAhead(ctx, &stages, z)
+	packed.worker = opts.CPU.Worker(ctx)
+	plain := startAhead(ctx, &stages, z, packed.worker)
+	plain.worker = worker
 	l, err := b.scan(plain, format)
 	if err != nil {
 		return nil, blame(err, plain, whole)
@@ -159,10 +167,15 @@ func blame(err error, rest ...io.Reader) error {
 type builder struct {
 	desc     Descriptor
 	seg      *segment
-	skeleton bool // is wanted
+	skeleton bool          // is wanted
+	worker   *sched.Worker // scans
 }
 
 func (b *builder) scan(plain io.Reader, format index.Format) (*index.Layer, error) {
+	if err := b.worker.Begin(); err != nil {
+		return nil, err
+	}
+	defer b.worker.End()
 	l := &index.Layer{Blob: b.desc.Digest, BlobSize: b.desc.Size, Access: index.Access{Format: format}}
 	l.DiffID = b.desc.Digest
 	var sum hash.Hash
@@ -214,6 +227,7 @@ type verified struct {
 	verifier digest.Verifier
 	read     int64
 	progress func(int64)
+	worker   *sched.Worker // hashes
 }
 
 func (v *verified) Read(p []byte) (int, error) {
@@ -225,7 +239,7 @@ func (v *verified) Read(p []byte) (int, error) {
 	if v.read > v.desc.Size {
 		return 0, fmt.Errorf("blob is longer than the %d bytes that its descriptor says: %w", v.desc.Size, errdefs.ErrDataLoss)
 	}
-	if _, err := v.verifier.Write(p[:n]); err != nil {
+	if err := v.hash(p[:n]); err != nil {
 		return 0, err
 	}
 	if v.progress != nil && n > 0 {
@@ -235,6 +249,15 @@ func (v *verified) Read(p []byte) (int, error) {
 		err = v.check()
 	}
 	return n, err
+}
+
+func (v *verified) hash(p []byte) error {
+	if err := v.worker.Begin(); err != nil {
+		return err
+	}
+	defer v.worker.End()
+	_, err := v.verifier.Write(p)
+	return err
 }
 
 // check compares the blob with its descriptor when it has ended.

@@ -7,15 +7,17 @@ import (
 	"sort"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // extentRuns finds the data of a range in a tar stream (formats Tar, Gzip and
 // Zstd).
 type extentRuns struct {
-	ctx context.Context
-	r   *Reader
-	i   int   // next extent
-	end int64 // of the range, in the segment
+	ctx    context.Context
+	r      *Reader
+	worker *sched.Worker // who reads
+	i      int           // next extent
+	end    int64         // of the range, in the segment
 
 	body  io.Closer // request in progress, nil if none
 	plain io.Reader // what body is or inflates to
@@ -23,10 +25,10 @@ type extentRuns struct {
 	until int64     // tar offset where what was asked for ends
 }
 
-func newExtentRuns(ctx context.Context, r *Reader, off, end int64) *extentRuns {
+func newExtentRuns(ctx context.Context, r *Reader, worker *sched.Worker, off, end int64) *extentRuns {
 	ext := r.layer.Access.Extents
 	i := sort.Search(len(ext), func(i int) bool { return ext[i].Seg+ext[i].Len > off })
-	return &extentRuns{ctx: ctx, r: r, i: i, end: end}
+	return &extentRuns{ctx: ctx, r: r, worker: worker, i: i, end: end}
 }
 
 // cut is an extent cut to [off, e.end).
@@ -72,7 +74,7 @@ func (e *extentRuns) seek(x index.Extent, off int64) error {
 	if e.r.layer.Access.Format != index.Tar {
 		return e.openPacked()
 	}
-	body, err := e.r.own.ReadRange(e.ctx, e.at, e.until-e.at)
+	body, err := e.r.blob(0, e.worker).ReadRange(e.ctx, e.at, e.until-e.at)
 	if err != nil {
 		return err
 	}
@@ -110,7 +112,7 @@ func (e *extentRuns) openPacked() error {
 	if start < 0 || end <= start {
 		return e.r.invalid("checkpoints are out of order")
 	}
-	body, err := e.r.own.ReadRange(e.ctx, start, end-start)
+	body, err := e.r.blob(0, e.worker).ReadRange(e.ctx, start, end-start)
 	if err != nil {
 		return err
 	}

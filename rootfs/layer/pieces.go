@@ -6,15 +6,17 @@ import (
 	"io"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // pieceRuns finds the data of a range in pieces of blobs (format Chunked).
 type pieceRuns struct {
-	ctx context.Context
-	r   *Reader
-	i   int   // next chunk
-	off int64 // where the range begins, in the segment
-	end int64 // and ends
+	ctx    context.Context
+	r      *Reader
+	worker *sched.Worker // who reads
+	i      int           // next chunk
+	off    int64         // where the range begins, in the segment
+	end    int64         // and ends
 
 	body io.ReadCloser // request in progress, nil if none
 	blob uint16        // that it goes to
@@ -28,8 +30,8 @@ type pieceRuns struct {
 	pending int64            // plain bytes of z that the stream still takes
 }
 
-func newPieceRuns(ctx context.Context, r *Reader, off, end int64) *pieceRuns {
-	return &pieceRuns{ctx: ctx, r: r, i: r.layer.Table.Find(off), off: off, end: end}
+func newPieceRuns(ctx context.Context, r *Reader, worker *sched.Worker, off, end int64) *pieceRuns {
+	return &pieceRuns{ctx: ctx, r: r, worker: worker, i: r.layer.Table.Find(off), off: off, end: end}
 }
 
 func (p *pieceRuns) next(int64) (run, bool, error) {
@@ -130,7 +132,7 @@ func (p *pieceRuns) request(x index.Piece) error {
 		}
 		end = max(end, next.Off+next.Len)
 	}
-	body, err := p.r.blob(x.Blob).ReadRange(p.ctx, x.Off, end-x.Off)
+	body, err := p.r.blob(x.Blob, p.worker).ReadRange(p.ctx, x.Off, end-x.Off)
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer/gzip"
 	"github.com/tatami-containers/tatami/rootfs/layer/zstd"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // maxGap is how many bytes that nobody asked for are read over, rather than
@@ -22,7 +23,8 @@ const maxGap = 256 << 10
 type Reader struct {
 	layer *index.Layer
 	blobs Blobs
-	own   Blob // the layer's; checked by spans if there are any
+	own   Blob // the layer's
+	cpu   *sched.Slots
 }
 
 // Decoders are shared by all Readers, for most of those live for one fetch.
@@ -40,19 +42,36 @@ func OneBlob(b Blob) Blobs { return func(index.BlobRef) Blob { return b } }
 // NewReader reads the segment of l from its blobs. It keeps l, which must be
 // valid (index.Layer.Validate) and not change.
 func NewReader(l *index.Layer, blobs Blobs) *Reader {
-	own := blobs(index.BlobRef{Digest: l.Blob, Size: l.BlobSize})
-	if spans := l.Access.Spans; len(spans) > 0 {
-		own = &spanned{blob: own, name: l.Blob, spans: spans}
-	}
-	return &Reader{layer: l, blobs: blobs, own: own}
+	return &Reader{layer: l, blobs: blobs, own: blobs(index.BlobRef{Digest: l.Blob, Size: l.BlobSize})}
 }
 
-// blob is the layer's own for 0, else one of Access.Blobs.
-func (r *Reader) blob(n uint16) Blob {
-	if n == 0 {
-		return r.own
+// Under lets streams that r opens unpack in turns of cpu, as the work of their
+// contexts; none has a turn while it waits for a blob. It returns r.
+func (r *Reader) Under(cpu *sched.Slots) *Reader {
+	r.cpu = cpu
+	return r
+}
+
+// worker is who reads a stream under ctx. Plain bytes that nobody compares are only
+// passed on, for which there is no need to wait.
+func (r *Reader) worker(ctx context.Context) *sched.Worker {
+	if r.layer.Access.Format == index.Tar && len(r.layer.Access.Spans) == 0 {
+		return nil
 	}
-	return r.blobs(r.layer.Access.Blobs[n-1])
+	return r.cpu.Worker(ctx)
+}
+
+// blob is the layer's own for 0, checked by spans if there are any, else one of
+// Access.Blobs. It is worker that waits for it.
+func (r *Reader) blob(n uint16, worker *sched.Worker) Blob {
+	if n > 0 {
+		return Waiting(r.blobs(r.layer.Access.Blobs[n-1]), worker)
+	}
+	own := Waiting(r.own, worker)
+	if spans := r.layer.Access.Spans; len(spans) > 0 {
+		return &spanned{blob: own, name: r.layer.Blob, spans: spans}
+	}
+	return own
 }
 
 // Open reads n plain bytes of the segment from offset off on. The blob is asked
@@ -65,15 +84,15 @@ func (r *Reader) Open(ctx context.Context, off, n int64) (io.ReadCloser, error) 
 		return nil, fmt.Errorf("layer %s: range %d+%d of a segment of %d bytes: %w",
 			r.layer.Blob, off, n, size, errdefs.ErrInvalidArgument)
 	}
-	s := &stream{layer: r.layer, pos: off, end: off + n, dataEnd: off}
+	s := &stream{layer: r.layer, worker: r.worker(ctx), pos: off, end: off + n, dataEnd: off}
 	switch r.layer.Access.Format {
 	case index.Tar, index.Gzip, index.Zstd:
-		s.runs = newExtentRuns(ctx, r, off, off+n)
+		s.runs = newExtentRuns(ctx, r, s.worker, off, off+n)
 	case index.Chunked:
 		if len(r.layer.Access.Pieces) != len(r.layer.Table.Chunks) {
 			return nil, r.invalid("pieces and chunks differ in number")
 		}
-		s.runs = newPieceRuns(ctx, r, off, off+n)
+		s.runs = newPieceRuns(ctx, r, s.worker, off, off+n)
 	default:
 		return nil, r.invalid("unknown format")
 	}
@@ -100,10 +119,11 @@ type runs interface {
 
 // stream is a range of a segment: runs of data with zeros around them.
 type stream struct {
-	layer *index.Layer
-	runs  runs
-	run   run
-	err   error // sticky
+	layer  *index.Layer
+	runs   runs
+	run    run
+	worker *sched.Worker
+	err    error // sticky
 
 	pos, end int64 // what is left
 	data     int64 // where run begins, or end
@@ -118,6 +138,10 @@ func (s *stream) Read(p []byte) (int, error) {
 	if s.pos == s.end {
 		return 0, io.EOF
 	}
+	if err := s.worker.Begin(); err != nil {
+		return 0, s.fail(err)
+	}
+	defer s.worker.End()
 	if s.pos == s.dataEnd {
 		if err := s.advance(); err != nil {
 			return 0, s.fail(err)

@@ -8,6 +8,7 @@ import (
 	"io"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // ZeroWriter is what a segment's writer may implement to be spared from runs of
@@ -36,9 +37,10 @@ func (nowhere) WriteZeros(int64) error      { return nil }
 // differ the chunks do too, but by their paths the next cuts come together
 // again.
 type segment struct {
-	w     io.Writer
-	zeros ZeroWriter // nil if w is none
-	table index.Table
+	w      io.Writer
+	zeros  ZeroWriter    // nil if w is none
+	worker *sched.Worker // who writes, and waits for w
+	table  index.Table
 
 	large      bool // the chunk is part of a file that is cut for itself
 	n          int  // bytes in unit
@@ -52,9 +54,9 @@ const (
 	endShare  = 4
 )
 
-func newSegment(w io.Writer) *segment {
+func newSegment(w io.Writer, worker *sched.Worker) *segment {
 	z, _ := w.(ZeroWriter)
-	return &segment{w: w, zeros: z, unit: make([]byte, index.UnitSize), zero: make([]byte, index.UnitSize)}
+	return &segment{w: worker.Writer(w), zeros: z, worker: worker, unit: make([]byte, index.UnitSize), zero: make([]byte, index.UnitSize)}
 }
 
 // Begin implements tarball.Segment: it decides whether a chunk ends here.
@@ -144,7 +146,7 @@ func (s *segment) flush() error {
 func (s *segment) skip(n int64) error {
 	s.table.Size += n
 	if s.zeros != nil && n > 0 {
-		if err := s.zeros.WriteZeros(n); err != nil {
+		if err := s.worker.Wait(func() error { return s.zeros.WriteZeros(n) }); err != nil {
 			return fmt.Errorf("write segment: %w", err)
 		}
 		return nil

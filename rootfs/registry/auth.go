@@ -11,6 +11,8 @@ import (
 	"github.com/containerd/errdefs"
 	"oras.land/oras-go/v2/registry/remote/auth"
 	"oras.land/oras-go/v2/registry/remote/errcode"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // tokenTimeout bounds one token fetch, whoever waits for it.
@@ -69,6 +71,7 @@ type heldToken struct {
 }
 
 type tokenFetch struct {
+	work   *sched.Work   // follows that of who waits
 	done   chan struct{} // closed when the rest is set
 	token  string
 	cached bool // it has an end
@@ -200,6 +203,7 @@ func (c *tokenCache) Set(ctx context.Context, host string, scheme auth.Scheme, s
 
 // wait returns what f brings, or the error of ctx.
 func (f *tokenFetch) wait(ctx context.Context) (string, error) {
+	defer f.work.Follow(sched.From(ctx))()
 	select {
 	case <-f.done:
 		return f.token, f.err
@@ -217,7 +221,7 @@ func (c *tokenCache) start(key tokenKey, lookup Lookup, fetch func(context.Conte
 	if c.ctx.Err() != nil {
 		return nil, errClosed
 	}
-	f := &tokenFetch{done: make(chan struct{})}
+	f := &tokenFetch{work: sched.NewShared(), done: make(chan struct{})}
 	c.pending[key] = f
 	c.fetches.Add(1)
 	c.wg.Go(func() { c.run(key, f, fetch, lookup) })
@@ -244,11 +248,12 @@ func (c *tokenCache) run(key tokenKey, f *tokenFetch, fetch func(context.Context
 	close(f.done)
 }
 
-// look calls fetch for f and returns until when its token is valid.
+// look calls fetch for f and returns until when its token is valid. A token waits for no
+// turn: a registry that gives out its own may be sending answers for long.
 func (c *tokenCache) look(f *tokenFetch, fetch func(context.Context) (string, error), lookup Lookup) time.Time {
-	ctx, cancel := context.WithTimeout(WithLookup(c.ctx, &lookup), tokenTimeout)
+	ctx, cancel := context.WithTimeout(sched.With(WithLookup(c.ctx, &lookup), f.work), tokenTimeout)
 	defer cancel()
-	f.token, f.err = fetch(ctx)
+	f.token, f.err = fetch(AtOnce(ctx))
 	return lookup.Expires
 }
 

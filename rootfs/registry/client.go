@@ -11,6 +11,8 @@ import (
 
 	"github.com/distribution/reference"
 	"oras.land/oras-go/v2/registry/remote/auth"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Config says how registries are reached. Its zero value works.
@@ -49,6 +51,10 @@ type Config struct {
 	// at most Chunk*InFlight bytes in memory. 0 means 8 MiB and 4.
 	Chunk    int64
 	InFlight int
+	// Sched says whose requests and bytes come first: it is asked before a request is
+	// sent and before bytes are read, for the work of the context (sched.From). Nil lets
+	// all pass.
+	Sched *sched.Scheduler
 }
 
 // Client talks to any number of registries, by any number of goroutines.

@@ -23,6 +23,12 @@
 // are few, and none go to a host that refuses some. pacer, window and patience only
 // decide: they have no clock, no lock and do no I/O.
 //
+// With a scheduler (Config.Sched) requests and bytes wait for their turn: a request takes
+// one of those that its host has (every hop of a redirect one of its own) until its answer
+// has been read, and each Read of a body is allowed before it is made. The work is that of
+// the context. No clock runs meanwhile: neither that of stalls nor that of second requests.
+// Those that a host has refused wait in the same order for the pauses between requests.
+//
 // Ranges are not verified here, but whoever finds them wrong can say so (Trail):
 // a mirror that gave them is left alone for that repository, and the next host asked.
 //

@@ -97,7 +97,8 @@ type wait struct {
 	from   *Repository
 	trip   *trip
 	piece  piece
-	began  time.Time
+	began  time.Time // protected by hedge.mu
+	held   bool      // it is not the host that is waited for; protected by hedge.mu
 	after  time.Duration
 	cancel context.CancelFunc // ends what is waited for
 	second *second            // nil: none; protected by hedge.mu
@@ -125,13 +126,44 @@ func (h *hedge) begin(w *wait) {
 	w.after = h.rr.repo.client.peers.get(w.from.host).slowAfter(least, h.rr.repo.client.cfg.Stall)
 	w.began = time.Now()
 	h.mu.Lock()
+	defer h.mu.Unlock()
 	h.wait = w
-	h.mu.Unlock()
 	if h.timer == nil {
 		h.timer = time.AfterFunc(w.after, h.slow)
 		return
 	}
 	h.timer.Reset(w.after)
+}
+
+// hold stops the clock of the wait that the request of ctx is part of, if any, until
+// resume is called: it is this node that lets the request wait, and not the host.
+func hold(ctx context.Context) (resume func()) {
+	t, ok := ctx.Value(tripKey{}).(*trip)
+	if !ok || t.hedge == nil {
+		return func() {}
+	}
+	return t.hedge.hold(t)
+}
+
+// hold begins the wait anew when it is resumed. That of a second request is no wait
+// of the hedge as long as it has not won.
+func (h *hedge) hold(t *trip) (resume func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	w := h.wait
+	if w == nil || w.trip != t {
+		return func() {}
+	}
+	w.held = true
+	h.timer.Stop()
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		w.began, w.held = time.Now(), false
+		if h.wait == w && !h.closed {
+			h.timer.Reset(w.after)
+		}
+	}
 }
 
 // end ends the wait: with a byte, or without. When the second request has won,
@@ -162,8 +194,10 @@ func (h *hedge) end(got bool) *second {
 func (h *hedge) slow() {
 	h.mu.Lock()
 	w := h.wait
+	// The timer was that of the wait before, or goes again after a turn of a redirect.
+	early := w == nil || w.held || w.second != nil || time.Since(w.began) < w.after
 	h.mu.Unlock()
-	if w == nil || time.Since(w.began) < w.after { // the timer was that of the wait before
+	if early {
 		return
 	}
 	to := h.rr.repo.other(w.from)
@@ -172,12 +206,12 @@ func (h *hedge) slow() {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.wait != w || w.second != nil || h.closed {
+	if h.wait != w || w.held || w.second != nil || h.closed {
 		return
 	}
 	to.client.peers.get(to.host).hedges.Add(1)
 	ctx, cancel := context.WithCancel(h.rr.ctx)
-	w.second = &second{from: to, trip: &trip{avoid: -1}, off: w.piece.off, began: w.began, cancel: cancel}
+	w.second = &second{from: to, trip: &trip{hedge: h, avoid: -1}, off: w.piece.off, began: w.began, cancel: cancel}
 	if to.host == w.from.host {
 		w.second.trip.avoid = int(w.trip.taken.Load())
 	}

@@ -6,6 +6,8 @@ import (
 	"net/http"
 	"sync"
 	"sync/atomic"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // lanesPerHost is how many transports share the requests to a host. HTTP/2 puts
@@ -33,9 +35,12 @@ func newLanes(t *http.Transport) *lanes {
 }
 
 // trip tells the lanes, by the context of a request, what to keep off, and what
-// they chose.
+// they chose; its hedge when the request, or its answer, waits for its turn; and who asked
+// where the answer came from in the end.
 type trip struct {
-	avoid int // lane, or -1
+	hedge *hedge
+	up    *sched.Upstream // of the latest hop; for who has the answer
+	avoid int             // lane, or -1
 	taken atomic.Int64
 }
 

@@ -7,11 +7,16 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptrace"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // maxPeers bounds the hosts that are known; a full table starts again empty.
@@ -27,10 +32,15 @@ type peers struct {
 
 // peer is one host: how much it takes, and what has been asked of it.
 type peer struct {
+	host string // "host:port"
+
 	requests, manifests, bytes, retries, refused, hedges, late, wrong atomic.Int64
 
 	mu    sync.Mutex
 	pacer pacer // protected by mu
+	// line says who goes next to a host that has refused requests; nil: who came first.
+	// Protected by mu.
+	line *sched.Slots
 	// window is of the ranges that streams ask this host for; their bytes may
 	// come from a redirect target. Protected by mu.
 	window window
@@ -63,7 +73,7 @@ func (p *peers) get(host string) *peer {
 	if p.known == nil || len(p.known) >= maxPeers {
 		p.known = map[string]*peer{}
 	}
-	one := &peer{}
+	one := &peer{host: host}
 	p.known[host] = one
 	return one
 }
@@ -111,8 +121,45 @@ func (p *peer) pause() time.Duration {
 	return time.Until(p.pacer.until)
 }
 
-// wait returns when one more request may go to the host.
+// wait returns when one more request may go to the host. When it refuses some they stand
+// in line; who is first keeps his place until the next one may go.
 func (p *peer) wait(ctx context.Context) error {
+	leave, err := p.queue().Enter(ctx)
+	if err != nil {
+		return err
+	}
+	if err := p.first(ctx); err != nil {
+		leave()
+		return err
+	}
+	if gap := p.gap(); gap > 0 {
+		time.AfterFunc(gap, leave)
+		return nil
+	}
+	leave()
+	return nil
+}
+
+// gap is pacer.gap.
+func (p *peer) gap() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.pacer.gap()
+}
+
+// queue is where to wait for a host that has refused requests; nil for others.
+func (p *peer) queue() *sched.Slots {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.pacer.refusing(now) {
+		return nil
+	}
+	return p.line
+}
+
+// first is wait for who is first in the line.
+func (p *peer) first(ctx context.Context) error {
 	for {
 		at, gap, err := p.reserve()
 		if err != nil {
@@ -152,6 +199,9 @@ func (p *peer) note(cfg Config, sent time.Time, resp *http.Response) {
 		return
 	}
 	p.refused.Add(1)
+	if p.line == nil {
+		p.line = cfg.Sched.Turns("paced "+p.host, 1)
+	}
 	asked := retryAfter(resp.Header.Get("Retry-After"), now)
 	wait := backoff(refusalWait*cfg.RetryWait, p.pacer.row)
 	if asked >= 0 {
@@ -174,11 +224,12 @@ func (p *peer) give() {
 	p.window.give()
 }
 
-func (p *peer) got(n int) {
+// got is window.add.
+func (p *peer) got(n int) (more bool) {
 	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.window.add(now, n)
+	return p.window.add(now, n)
 }
 
 // slower has streams ask for fewer ranges at the same time.
@@ -251,10 +302,23 @@ type paced struct {
 	peers *peers
 }
 
+// maxHostName bounds the name of a host in bytes: 253 in text (RFC 1035, section
+// 2.3.4), and a port. A redirect may name anything, and
+// what it names is remembered and shown.
+const maxHostName = 253 + len(":65535")
+
 // RoundTrip implements http.RoundTripper.
 func (t paced) RoundTrip(req *http.Request) (*http.Response, error) {
+	if n := len(req.URL.Host); n > maxHostName {
+		if req.Body != nil {
+			_ = req.Body.Close() // nothing was sent
+		}
+		return nil, fmt.Errorf("%.64q… is no host: its name has %d bytes: %w", req.URL.Host, n, errdefs.ErrInvalidArgument)
+	}
 	peer := t.peers.get(req.URL.Host)
-	if err := peer.wait(req.Context()); err != nil {
+	up := t.peers.cfg.Sched.Upstream(req.URL.Host)
+	end, err := t.turn(req.Context(), peer, up)
+	if err != nil {
 		if req.Body != nil {
 			_ = req.Body.Close() // nothing was sent
 		}
@@ -264,14 +328,63 @@ func (t paced) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.Method == http.MethodGet && strings.Contains(req.URL.Path, "/manifests/") {
 		peer.manifests.Add(1)
 	}
+	req, part := connected(req, up)
 	sent := time.Now()
 	resp, err := t.closer.RoundTrip(req)
 	if err != nil {
+		part()
+		end()
 		return nil, err
 	}
 	peer.note(t.peers.cfg, sent, resp)
-	resp.Body = &countedBody{resp.Body, &peer.bytes}
+	resp.Body = &endedBody{ReadCloser: &countedBody{resp.Body, &peer.bytes}, end: func() { part(); end() }}
 	return resp, nil
+}
+
+// connected lets up know over which connection the answer to a request comes, until
+// part is called.
+func connected(req *http.Request, up *sched.Upstream) (_ *http.Request, part func()) {
+	if up == nil {
+		return req, func() {}
+	}
+	if t, ok := req.Context().Value(tripKey{}).(*trip); ok {
+		t.up = up
+	}
+	var mu sync.Mutex
+	done := func() {} // protected by mu
+	trace := &httptrace.ClientTrace{GotConn: func(c httptrace.GotConnInfo) {
+		mu.Lock()
+		defer mu.Unlock()
+		done() // the connection before was lost
+		done = up.Uses(c.Conn)
+	}}
+	return req.WithContext(httptrace.WithClientTrace(req.Context(), trace)), func() {
+		mu.Lock()
+		defer mu.Unlock()
+		done()
+	}
+}
+
+// turn waits until a request may be sent; end is called when its answer has been read,
+// or is not read for a while (turn).
+func (t paced) turn(ctx context.Context, peer *peer, up *sched.Upstream) (end func(), err error) {
+	if ctx.Value(atOnceKey{}) != nil {
+		return func() {}, peer.wait(ctx)
+	}
+	resume := hold(ctx)
+	end, err = up.Begin(ctx)
+	resume()
+	if err != nil {
+		return nil, err
+	}
+	if err := peer.wait(ctx); err != nil {
+		end()
+		return nil, err
+	}
+	if t, ok := ctx.Value(turnKey{}).(*turn); ok && up != nil {
+		t.end = end
+	}
+	return end, nil
 }
 
 // countedBody counts what is read.

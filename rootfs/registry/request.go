@@ -79,6 +79,8 @@ func (r *Repository) sendTo(ctx context.Context, q query, target string, want ..
 
 func (r *Repository) exchange(ctx context.Context, q query, address string, do func(*http.Request) (*http.Response, error), want []int) (*http.Response, error) {
 	reqCtx, cancel := context.WithCancelCause(ctx)
+	turn := new(turn)
+	reqCtx = context.WithValue(reqCtx, turnKey{}, turn)
 	req, err := http.NewRequestWithContext(reqCtx, q.method, address, nil)
 	if err != nil {
 		cancel(nil)
@@ -90,13 +92,18 @@ func (r *Repository) exchange(ctx context.Context, q query, address string, do f
 	if q.ranges != "" {
 		req.Header.Set("Range", q.ranges)
 	}
+	prioritise(ctx, req.Header)
 	r.client.stats.requests.Add(1)
 	resp, err := do(req)
 	if err != nil {
 		cancel(nil)
 		return nil, r.sendError(q.object(), err)
 	}
-	resp.Body = newBody(resp.Body, r.client.cfg.Stall, cancel, &r.client.stats.bytes)
+	b := newBody(resp.Body, r.client.cfg.Stall, cancel, &r.client.stats.bytes)
+	b.allowance = newAllowance(reqCtx, r.client.cfg.Sched, resp)
+	b.turn = turn
+	turn.idle()
+	resp.Body = b
 	if !slices.Contains(want, resp.StatusCode) {
 		return nil, r.statusError(q.object(), resp)
 	}
@@ -105,14 +112,16 @@ func (r *Repository) exchange(ctx context.Context, q query, address string, do f
 
 // body is the body of an answer. A Read that gets nothing for the stall time
 // ends the request and fails with errStalled; the time that the reader takes
-// between Reads does not count.
+// between Reads does not count, nor does that until it is its turn.
 type body struct {
 	io.ReadCloser
-	stall   time.Duration
-	timer   *time.Timer
-	stalled atomic.Bool
-	cancel  context.CancelCauseFunc
-	count   *atomic.Int64
+	allowance *allowance // nil: not scheduled
+	turn      *turn      // nil: not scheduled
+	stall     time.Duration
+	timer     *time.Timer
+	stalled   atomic.Bool
+	cancel    context.CancelCauseFunc
+	count     *atomic.Int64
 }
 
 func newBody(rc io.ReadCloser, stall time.Duration, cancel context.CancelCauseFunc, count *atomic.Int64) *body {
@@ -126,8 +135,9 @@ func newBody(rc io.ReadCloser, stall time.Duration, cancel context.CancelCauseFu
 }
 
 func (b *body) Read(p []byte) (int, error) {
-	b.timer.Reset(b.stall)
-	n, err := b.ReadCloser.Read(p)
+	b.turn.busy()
+	defer b.turn.idle()
+	n, err := b.allowance.read(p, func() { b.timer.Reset(b.stall) }, b.ReadCloser.Read)
 	b.timer.Stop()
 	b.count.Add(int64(n))
 	if err != nil && !errors.Is(err, io.EOF) && b.stalled.Load() {
@@ -138,6 +148,7 @@ func (b *body) Read(p []byte) (int, error) {
 
 func (b *body) Close() error {
 	b.timer.Stop()
+	b.turn.busy()
 	err := b.ReadCloser.Close()
 	b.cancel(nil)
 	return err

@@ -49,7 +49,7 @@ func (rr *rangeReader) ask() error {
 // askOne requests it of one host. The answer may be another host's in the end.
 func (rr *rangeReader) askOne(one *Repository) error {
 	ctx, cancel := context.WithCancel(rr.ctx)
-	trip := &trip{avoid: -1}
+	trip := &trip{hedge: &rr.hedge, avoid: -1}
 	one.client.peers.get(one.host).request()
 	rr.from, rr.whole = one, false
 	rr.hedge.begin(&wait{from: one, trip: trip, piece: rr.piece, cancel: cancel})

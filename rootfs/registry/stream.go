@@ -130,7 +130,9 @@ func (s *stream) fetch(dst *part, rr *rangeReader, p piece) {
 		n, err := rr.Read(dst.buf[filled:])
 		filled += n
 		dst.add(n, err)
-		s.peer.got(n)
+		if s.peer.got(n) && rr.trip != nil {
+			rr.trip.up.Explore()
+		}
 		if err != nil {
 			return
 		}

@@ -46,10 +46,16 @@ func PlainHTTPHosts(list []string) func(host string) bool {
 	return func(host string) bool { return Loopback(host) || slices.Contains(list, host) }
 }
 
+// newTransport returns one that speaks HTTP/2 where it can, unless there is a scheduler:
+// with HTTP/1.1 each answer has a connection of its own. What a class of work does not
+// read then stays in the sockets of that class, and its sender stops. With HTTP/2 it
+// would be up to 4 MiB of each answer, read into memory, and on connections that bring
+// more urgent answers, too. Over a link of 200 Mbit/s that ten streams kept full, 64 KiB
+// took 11 ms (half of them; 184 ms for 1 %) with HTTP/1.1, 26 ms (1,359 ms) with HTTP/2.
 func newTransport(cfg Config) *http.Transport {
 	t := &http.Transport{
 		DialContext:           boundedDial(cfg.Dial, dialTimeout),
-		ForceAttemptHTTP2:     true,
+		ForceAttemptHTTP2:     !cfg.Sched.Enabled(),
 		TLSHandshakeTimeout:   tlsTimeout,
 		ResponseHeaderTimeout: cfg.Stall,
 		MaxIdleConnsPerHost:   idlePerHost,

@@ -62,27 +62,29 @@ func (w *window) take(most int, others bool) bool {
 // give ends a range.
 func (w *window) give() { w.used-- }
 
-// add counts bytes that ranges got.
-func (w *window) add(now time.Time, n int) {
+// add counts bytes that ranges got. It tells whether a trial begins.
+func (w *window) add(now time.Time, n int) (trial bool) {
 	gone := now.Sub(w.start)
 	if gone > 4*sampleTime { // nothing was fetched in between
 		w.start, w.bytes, w.wanted = now, 0, false
-		return
+		return false
 	}
 	w.bytes += int64(n)
 	if gone < sampleTime {
-		return
+		return false
 	}
 	rate, wanted := float64(w.bytes)/gone.Seconds(), w.wanted
 	w.start, w.bytes, w.wanted = now, 0, false
 	switch {
 	case w.fresh:
 		w.fresh = false
+		return false
 	case w.trial:
 		w.judge(now, rate)
 	case wanted && max(w.size, w.used) < w.max && !now.Before(w.settled):
 		w.grow(rate)
 	}
+	return w.trial
 }
 
 // grow begins a trial with half as many more ranges; with twice as many before

@@ -26,14 +26,10 @@ type decoder struct {
 	window uint64 // the largest so far, in bytes
 }
 
-// newDecoder makes a decoder; with concurrent it decodes the blocks of a frame
-// by several goroutines.
-func newDecoder(concurrent bool) (*decoder, error) {
-	options := []zstd.DOption{zstd.WithDecoderMaxWindow(MaxWindow), zstd.WithDecoderLowmem(true)}
-	if !concurrent {
-		options = append(options, zstd.WithDecoderConcurrency(1))
-	}
-	z, err := zstd.NewReader(nil, options...)
+// newDecoder makes a decoder that works in the goroutine which reads: computing has
+// turns, and when a whole layer is read, hashing what comes out takes as long.
+func newDecoder() (*decoder, error) {
+	z, err := zstd.NewReader(nil, zstd.WithDecoderMaxWindow(MaxWindow), zstd.WithDecoderLowmem(true), zstd.WithDecoderConcurrency(1))
 	if err != nil {
 		return nil, err
 	}
@@ -54,11 +50,10 @@ type Reader struct {
 }
 
 // NewReader reads the whole blob src: at least one frame, then nothing else.
-// It decodes with several goroutines, and is to be closed. Checksums of frames
-// are checked.
+// It is to be closed. Checksums of frames are checked.
 func NewReader(src io.Reader) *Reader {
 	r := new(Reader)
-	if r.d, r.err = newDecoder(true); r.err == nil {
+	if r.d, r.err = newDecoder(); r.err == nil {
 		r.d.frames.reset(src, 0)
 	}
 	return r
@@ -71,7 +66,7 @@ func (p *Pool) Resume(src io.Reader, c index.Checkpoint) *Reader {
 	r := &Reader{pool: p, total: c.Out}
 	var ok bool
 	if r.d, ok = p.free.Get().(*decoder); !ok {
-		r.d, r.err = newDecoder(false)
+		r.d, r.err = newDecoder()
 	}
 	if r.err == nil {
 		r.d.frames.reset(src, c.Bit/8)
