@@ -9,9 +9,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/tatami-containers/tatami/host/class"
 )
 
 // Bounds of what is read of containerd's state.
@@ -28,10 +31,12 @@ const (
 	sandboxID     = "io.kubernetes.cri.sandbox-id"
 	containerType = "io.kubernetes.cri.container-type"
 	imageName     = "io.kubernetes.cri.image-name"
+	podNamespace  = "io.kubernetes.cri.sandbox-namespace"
 
 	crioSandboxID     = "io.kubernetes.cri-o.SandboxID"
 	crioContainerType = "io.kubernetes.cri-o.ContainerType"
 	crioImageName     = "io.kubernetes.cri-o.ImageName"
+	crioNamespace     = "io.kubernetes.cri-o.Namespace"
 )
 
 // Container is what containerd knows of one.
@@ -41,8 +46,20 @@ type Container struct {
 	Sandbox   string
 	Type      string // "sandbox" or "container"; "" without CRI
 	Image     string // as the pod names it; may be ""
+	// Pod is what its configuration says of the pod; Annotations are those that
+	// containerd's configuration passes on, and containerd's own.
+	Pod *class.Facts
 
-	stamp stamp // of its config.json
+	stamp stamp  // of its config.json
+	args  string // see Args
+}
+
+// Args are the words of the container's command.
+func (c Container) Args() []string {
+	if c.args == "" {
+		return nil
+	}
+	return strings.Split(c.args, "\x00")
 }
 
 // Bundles are the containers that containerd runs.
@@ -57,6 +74,21 @@ func NewBundles(state string) *Bundles {
 // Owned returns the container id of a sandbox. That there is none, or that it
 // belongs to another sandbox, are both ErrNotFound; the text says which.
 func (b *Bundles) Owned(sandbox, id string) (Container, error) {
+	return b.find(id, func(c Container) error {
+		if c.Sandbox != sandbox {
+			return fmt.Errorf("it belongs to sandbox %.64q in namespace %s", c.Sandbox, c.Namespace)
+		}
+		return nil
+	})
+}
+
+// Any returns the container id of whatever sandbox; ErrNotFound when there is none.
+func (b *Bundles) Any(id string) (Container, error) {
+	return b.find(id, func(Container) error { return nil })
+}
+
+// find returns the first container id that fits.
+func (b *Bundles) find(id string, fits func(Container) error) (Container, error) {
 	if !ValidID(id) {
 		return Container{}, fmt.Errorf("container %.64q is no plain name: %w", id, errdefs.ErrNotFound)
 	}
@@ -68,20 +100,21 @@ func (b *Bundles) Owned(sandbox, id string) (Container, error) {
 	errs := []error{}
 	for _, ns := range namespaces {
 		c, err := read(root, ns, id)
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-		case err != nil:
-			errs = append(errs, err)
-		case c.Sandbox == sandbox:
-			return c, nil
-		default:
-			errs = append(errs, fmt.Errorf("it belongs to sandbox %.64q in namespace %s", c.Sandbox, ns))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
 		}
+		if err == nil {
+			err = fits(c)
+		}
+		if err == nil {
+			return c, nil
+		}
+		errs = append(errs, err)
 	}
 	if len(errs) == 0 {
 		errs = append(errs, fmt.Errorf("containerd has no bundle of it in %s", b.dir))
 	}
-	return Container{}, fmt.Errorf("container %s is none of sandbox %s: %w: %w", id, sandbox, errdefs.ErrNotFound, errors.Join(errs...))
+	return Container{}, fmt.Errorf("container %s: %w: %w", id, errdefs.ErrNotFound, errors.Join(errs...))
 }
 
 // Gone says whether a container that was found is gone or was made anew.
@@ -158,11 +191,17 @@ func read(root *os.Root, namespace, id string) (Container, error) {
 	return c, nil
 }
 
-// decode reads the annotations of an OCI runtime configuration. A container
+// decode reads annotations and cgroup of an OCI runtime configuration. A container
 // without those of a CRI is its own sandbox, as `ctr run` and nerdctl make it.
 func (c *Container) decode(spec []byte) error {
 	var in struct {
 		Annotations map[string]string `json:"annotations"`
+		Process     struct {
+			Args []string `json:"args"`
+		} `json:"process"`
+		Linux struct {
+			CgroupsPath string `json:"cgroupsPath"`
+		} `json:"linux"`
 	}
 	if err := json.Unmarshal(spec, &in); err != nil {
 		return err
@@ -171,5 +210,9 @@ func (c *Container) decode(spec []byte) error {
 	c.Sandbox = cmp.Or(get(sandboxID, crioSandboxID), c.ID)
 	c.Type = get(containerType, crioContainerType)
 	c.Image = get(imageName, crioImageName)
+	c.args = strings.Join(in.Process.Args, "\x00") // which no word can have
+	c.Pod = &class.Facts{
+		Annotations: in.Annotations, Namespace: get(podNamespace, crioNamespace), QoS: class.QoSOf(in.Linux.CgroupsPath),
+	}
 	return nil
 }

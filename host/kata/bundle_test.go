@@ -5,12 +5,15 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/tatami-containers/tatami/host/class"
 )
 
 // containerd is its state directory.
@@ -83,9 +86,19 @@ func TestOwned(t *testing.T) {
 		{"web", "web", Container{ID: "web", Namespace: "default", Sandbox: "web"}},
 	} {
 		got, err := s.Owned(tc.sandbox, tc.id)
-		if got.stamp = (stamp{}); err != nil || got != tc.want {
+		if words := got.Args(); err == nil && !slices.Equal(words, []string{"sh"}) {
+			t.Errorf("%s of %s: its command is %q", tc.id, tc.sandbox, words)
+		}
+		got.Pod = nil // TestPod
+		if got.stamp, got.args = (stamp{}), ""; err != nil || got != tc.want {
 			t.Errorf("%s of %s: %+v, %v, want %+v", tc.id, tc.sandbox, got, err, tc.want)
 		}
+	}
+	if c, err := s.Any("c1"); err != nil || c.Sandbox != "pod" {
+		t.Errorf("c1 of any sandbox: %+v, %v", c, err)
+	}
+	if _, err := s.Any("absent"); !errdefs.IsNotFound(err) {
+		t.Errorf("none of any sandbox: %v", err)
 	}
 	for id, sandbox := range map[string]string{
 		"c1": "other", "web": "other", "absent": "pod", "..": "pod", "": "pod", "k8s.io/c1": "pod", "../k8s.io/c1": "pod",
@@ -97,6 +110,26 @@ func TestOwned(t *testing.T) {
 	}
 	if _, err := NewBundles("/absent").Owned("pod", "c1"); !errdefs.IsNotFound(err) {
 		t.Errorf("no containerd: %v", err)
+	}
+}
+
+// TestPod reads what a bundle says of its pod.
+func TestPod(t *testing.T) {
+	for cgroup, qos := range map[string]string{
+		"kubepods-besteffort-pod1.slice:cri-containerd:c1": class.BestEffort, "/kubepods/pod1/c1": class.Guaranteed, "/k8s.io/c1": "",
+	} {
+		annotations := cri("pod", "app:v1")
+		annotations["io.kubernetes.cri.sandbox-namespace"], annotations["team/tier"] = "jobs", "web"
+		spec, err := json.Marshal(specs.Spec{Annotations: annotations, Linux: &specs.Linux{CgroupsPath: cgroup}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := newState(t)
+		s.write("k8s.io", "c1", spec)
+		c, err := s.Owned("pod", "c1")
+		if err != nil || c.Pod.QoS != qos || c.Pod.Namespace != "jobs" || c.Pod.Annotations["team/tier"] != "web" {
+			t.Errorf("%s: %+v, %v", cgroup, c.Pod, err)
+		}
 	}
 }
 

@@ -122,7 +122,8 @@ func TestForeignShim(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: filepath.Join(dir, monitor)}); err != nil {
+	early := filepath.Join(t.TempDir(), monitor) // nobody asks there before it listens
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: early}); err != nil {
 		t.Fatal(err)
 	}
 	listening := make(chan error)
@@ -135,7 +136,7 @@ func TestForeignShim(t *testing.T) {
 		}
 		listening <- unix.Listen(fd, 8)
 	}()
-	if err := <-listening; err != nil {
+	if err := errors.Join(<-listening, os.Rename(early, filepath.Join(dir, monitor))); err != nil {
 		t.Fatal(err)
 	}
 	f := os.NewFile(uintptr(fd), monitor)
