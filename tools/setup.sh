@@ -6,7 +6,7 @@ set -eu
 packages="qemu-system-x86 mmdebstrap docker-registry tinyproxy-bin umoci skopeo crun runc
 erofs-utils protobuf-compiler busybox-static iproute2 attr acl git make
 ca-certificates gcc libc6-dev e2fsprogs xfsprogs tar procps zstd python3-pip
-cryptsetup-bin fdisk systemd containerd fuse3 amazon-ecr-credential-helper nginx"
+cryptsetup-bin fdisk systemd containerd fuse3 amazon-ecr-credential-helper nginx prometheus"
 
 missing=
 for p in $packages; do

@@ -59,6 +59,9 @@ type Config struct {
 	Trust        string   `toml:"trust"`            // the least that an index must be bound by: "host" or "image"
 	VirtioFS     string   `toml:"virtiofs"`         // "auto" looks for the node's image files in VirtioFSDirs; "off"
 	VirtioFSDirs []string `toml:"virtiofs_dirs"`    // the first that has an image counts
+	// Profile has the node told what containers read first, and fetches what the node
+	// says that earlier ones read.
+	Profile bool `toml:"profile"`
 	// Patience is how long reads wait while no source works, before they fail.
 	Patience Duration `toml:"patience"`
 
@@ -102,6 +105,7 @@ func Default() Config {
 			"/run/kata-containers/shared/" + sharedimages.Dir,
 			InitShare,
 		},
+		Profile:     true,
 		Patience:    Duration(time.Minute),
 		StateDir:    "/run/tatami",
 		StoreMemory: 16 << 20,
@@ -134,6 +138,7 @@ func (c *Config) settings() []setting {
 		{"trust", "least binding of an index: host or image", (*text)(&c.Trust)},
 		{"virtiofs", "take images from the node's files over virtio-fs: auto or off", (*text)(&c.VirtioFS)},
 		{"virtiofs_dirs", "directories with those files, separated by commas", &list{at: &c.VirtioFSDirs}},
+		{"profile", "record what starts of containers read, and fetch what earlier ones read", (*boolean)(&c.Profile)},
 		{"patience", "how long reads wait while no source works", &c.Patience},
 		{"state_dir", "directory of the mount table and the sockets", (*text)(&c.StateDir)},
 		{"store_dir", "directory where fetched bytes are kept; empty keeps nothing", (*text)(&c.StoreDir)},

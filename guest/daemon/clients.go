@@ -25,8 +25,8 @@ func dial(ctx context.Context, addr string) (*ttrpc.Client, error) {
 	return ttrpc.NewClient(conn), nil
 }
 
-// hostClient asks the node, on a connection for each question: there is one
-// question for each container.
+// hostClient asks the node, on a connection for each question: there are three at most
+// for each container.
 type hostClient struct{ addr string }
 
 // How long a node that refuses connections is asked again, as one does while it
@@ -50,14 +50,39 @@ func (h hostClient) Describe(ctx context.Context, req *api.DescribeRequest) (*ap
 	}
 }
 
-func (h hostClient) describe(ctx context.Context, req *api.DescribeRequest) (*api.DescribeResponse, error) {
+func (h hostClient) describe(ctx context.Context, req *api.DescribeRequest) (resp *api.DescribeResponse, err error) {
+	err = h.ask(ctx, func(host api.HostService) error {
+		resp, err = host.Describe(ctx, req)
+		return err
+	})
+	return resp, err
+}
+
+// RecordStart is not worth waiting for a node that is away.
+func (h hostClient) RecordStart(ctx context.Context, req *api.RecordStartRequest) (resp *api.RecordStartResponse, err error) {
+	err = h.ask(ctx, func(host api.HostService) error {
+		resp, err = host.RecordStart(ctx, req)
+		return err
+	})
+	return resp, err
+}
+
+func (h hostClient) AwaitReady(ctx context.Context, req *api.AwaitReadyRequest) (resp *api.AwaitReadyResponse, err error) {
+	err = h.ask(ctx, func(host api.HostService) error {
+		resp, err = host.AwaitReady(ctx, req)
+		return err
+	})
+	return resp, err
+}
+
+// ask asks once.
+func (h hostClient) ask(ctx context.Context, question func(api.HostService) error) error {
 	cl, err := dial(ctx, h.addr)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer cl.Close()
-	resp, err := api.NewHostClient(cl).Describe(ctx, req)
-	return resp, lost(wireerr.FromStatus(err))
+	return lost(wireerr.FromStatus(question(api.NewHostClient(cl))))
 }
 
 // refused says whether nobody took a connection, or it was closed without an

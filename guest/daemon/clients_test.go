@@ -19,6 +19,14 @@ func (describer) Describe(context.Context, *api.DescribeRequest) (*api.DescribeR
 	return &api.DescribeResponse{Reference: sampleRef}, nil
 }
 
+func (describer) AwaitReady(context.Context, *api.AwaitReadyRequest) (*api.AwaitReadyResponse, error) {
+	return &api.AwaitReadyResponse{}, nil
+}
+
+func (describer) RecordStart(context.Context, *api.RecordStartRequest) (*api.RecordStartResponse, error) {
+	return &api.RecordStartResponse{}, nil
+}
+
 // A question outlives a node that is not there yet, and one that closes the
 // connection; the guest does not go elsewhere for that.
 func TestDescribeWaitsForNode(t *testing.T) {

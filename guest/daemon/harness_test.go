@@ -54,7 +54,9 @@ type node struct {
 
 	mu         sync.Mutex
 	containers map[string]*api.DescribeResponse
-	files      map[digest.Digest][]byte // one-file images by their manifest
+	starts     []*api.RecordStartRequest // that were recorded
+	ready      map[string]chan struct{}  // by container, closed when it is ready
+	files      map[digest.Digest][]byte  // one-file images by their manifest
 }
 
 func newNode(t *testing.T) *node {
@@ -102,6 +104,44 @@ func (n *node) Describe(_ context.Context, req *api.DescribeRequest) (*api.Descr
 		return c, nil
 	}
 	return nil, fmt.Errorf("container %s: %w", req.ContainerId, errdefs.ErrNotFound)
+}
+
+// RecordStart implements the Host service.
+func (n *node) RecordStart(_ context.Context, req *api.RecordStartRequest) (*api.RecordStartResponse, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.starts = append(n.starts, req)
+	return &api.RecordStartResponse{}, nil
+}
+
+// AwaitReady implements the Host service.
+func (n *node) AwaitReady(ctx context.Context, req *api.AwaitReadyRequest) (*api.AwaitReadyResponse, error) {
+	select {
+	case <-n.readiness(req.ContainerId):
+		return &api.AwaitReadyResponse{}, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// readiness is closed when a container is ready.
+func (n *node) readiness(id string) chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.ready == nil {
+		n.ready = make(map[string]chan struct{})
+	}
+	if n.ready[id] == nil {
+		n.ready[id] = make(chan struct{})
+	}
+	return n.ready[id]
+}
+
+// recorded returns the starts that were recorded so far.
+func (n *node) recorded() []*api.RecordStartRequest {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Clone(n.starts)
 }
 
 // add lets the guest ask for a container.

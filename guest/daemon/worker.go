@@ -88,7 +88,7 @@ func (w *worker) open() (err error) {
 		return err
 	}
 	w.guest = service.New(service.Config{
-		Images: images.New(w.imagesConfig()), Store: w.store, Keep: keep, Mounter: w.mounter, Unpacked: unpacked,
+		Images: images.New(w.imagesConfig()), Store: w.store, Keep: keep, Mounter: w.mounter, Unpacked: unpacked, Starts: w.starts(),
 		StateDir: w.cfg.StateDir, Version: version(), Restarts: w.link.Restarts(), Log: w.log,
 	})
 	return nil
@@ -148,6 +148,14 @@ func (w *worker) imagesConfig() images.Config {
 		c.Registry = w.client(w.cfg.RegistryAddr, registry.PlainHTTPHosts(w.cfg.PlainHTTP), w.credentials())
 	}
 	return c
+}
+
+// starts is whom to tell how containers start; nil for nobody.
+func (w *worker) starts() service.Recorder {
+	if !w.cfg.Profile || w.cfg.HostAddress == "" {
+		return nil
+	}
+	return hostClient{w.cfg.HostAddress}
 }
 
 // credentials are the guest's own, for registries. kata-agent starts processes without

@@ -53,7 +53,7 @@ func (r *Resolver) fromNode(ctx context.Context, p pin, whole bool, phases *timi
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	img.Index, img.Reason, img.Source = idx, reason, SourceRelay
+	img.Index, img.Reason, img.Source, img.Start = idx, reason, SourceRelay, p.start
 	if file != "" {
 		img.Source = SourceVirtioFS
 	}

@@ -97,6 +97,8 @@ type Image struct {
 	// there is no Index then: see ReadIndex. "" when there is none, or when the
 	// bytes are to be verified here.
 	Local string
+	// Start is what the node knows and wants to know of the container's start.
+	Start Start
 	// Index is nil when the image cannot be mounted lazily; Reason says why.
 	Index  *index.Image
 	Reason error
@@ -115,6 +117,7 @@ type pin struct {
 	asked    digest.Digest // of the manifest, or an index above it, that the guest was asked for; "" if unknown
 	trust    Trust
 	node     bool // the node knows it
+	start    Start
 }
 
 // Resolve finds the image of container id. ref is what the caller was told and
@@ -189,7 +192,7 @@ func (r *Resolver) pinned(resp *api.DescribeResponse) (pin, error) {
 			return pin{}, fmt.Errorf("repository %q: %w: %w", resp.Repository, err, errdefs.ErrInvalidArgument)
 		}
 	}
-	p := pin{name: name, manifest: digest.Digest(resp.ManifestDigest), trust: Trust(resp.Trust), node: true}
+	p := pin{name: name, manifest: digest.Digest(resp.ManifestDigest), trust: Trust(resp.Trust), node: true, start: startOf(resp)}
 	if err := p.manifest.Validate(); err != nil {
 		return pin{}, fmt.Errorf("manifest digest %q: %w: %w", resp.ManifestDigest, err, errdefs.ErrInvalidArgument)
 	}

@@ -21,6 +21,9 @@ type relaySource struct {
 // to take its word for what the index cannot check.
 func (s relaySource) Vouches(*index.Segment) bool { return s.trust == TrustHost }
 
+// FixedRank implements store.Fixed: the node was told by a header.
+func (relaySource) FixedRank() bool { return true }
+
 func (relaySource) Name() string { return SourceRelay }
 
 func (s relaySource) Fetch(ctx context.Context, seg *index.Segment, off, n int64) (io.ReadCloser, error) {

@@ -3,7 +3,7 @@
 // virtual machine of ours, Runner on behalf of the supervisor.
 //
 // Lock order: the key of a mount in Guest.ids (held while mounting), Guest.mu,
-// then those of the packages below.
+// starts.mu, then those of the packages below.
 package service
 
 import (
@@ -38,7 +38,8 @@ type Config struct {
 	Keep     bool // the store keeps images without mounts
 	Mounter  *mount.Mounter
 	Unpacked *unpack.Table
-	StateDir string // for what must outlive the process
+	Starts   Recorder // nil: starts are neither recorded nor replayed
+	StateDir string   // for what must outlive the process
 	Version  string
 	Restarts int // of the worker
 	Log      *slog.Logger
@@ -50,6 +51,7 @@ type Guest struct {
 	started time.Time
 	ids     keyed.Mutex // one Mount or Unmount at a time for each id
 	configs configs
+	starts  starts
 
 	mu   sync.Mutex
 	held map[digest.Digest]int // manifests of calls under way; protected by mu
@@ -220,7 +222,11 @@ func (g *Guest) mountLazy(ctx context.Context, req *api.MountRequest, img *image
 	defer phases.Begin("mount")()
 	spec := mountSpec(req, img)
 	spec.Image = file
+	begin := g.expect(req.Id, img, file)
 	rec, err := g.cfg.Mounter.Mount(ctx, spec)
+	if err == nil {
+		begin()
+	}
 	return way{string(rec.Path), rec.Source}, err
 }
 
@@ -243,6 +249,7 @@ func (g *Guest) Unmount(ctx context.Context, req *api.UnmountRequest) (*api.Unmo
 		return nil, fmt.Errorf("unmount %s: wait for another call: %w", req.Id, err)
 	}
 	defer unlock()
+	g.starts.end(req.Id)
 	if _, ok := g.cfg.Unpacked.Get(req.Id); ok {
 		err = g.cfg.Unpacked.Unmount(ctx, req.Id)
 	} else {

@@ -28,3 +28,12 @@ func (r *Runner) Create(ctx context.Context, req *api.CreateRequest) (*api.Creat
 	}
 	return r.RunnerService.Create(ctx, &api.CreateRequest{Id: req.Id, Spec: spec, MountId: req.MountId})
 }
+
+// Delete removes a container. What it has read until then was its start, if it was short.
+func (r *Runner) Delete(ctx context.Context, req *api.DeleteRequest) (*api.DeleteResponse, error) {
+	resp, err := r.RunnerService.Delete(ctx, req)
+	if err == nil {
+		r.Guest.starts.end(req.Id)
+	}
+	return resp, err
+}

@@ -84,6 +84,7 @@ func (g *Guest) Stats(context.Context, *api.StatsRequest) (*api.StatsResponse, e
 	resp := &api.StatsResponse{
 		Hits: s.Hits, HitBytes: s.HitBytes, Misses: s.Misses, MissBytes: s.MissBytes,
 		WaitUs: s.Wait.Microseconds(), VerifyFailures: s.VerifyFailures, Restarts: int64(g.cfg.Restarts),
+		ReplayedBytes: s.Replayed, ReplayUsedBytes: s.ReplayUsed, ReplayWastedBytes: s.ReplayWasted,
 	}
 	for _, src := range s.Sources {
 		resp.Sources = append(resp.Sources, sourceStats(src))

@@ -57,9 +57,11 @@ func (g *Guest) prune() {
 	for m := range g.held {
 		used[m] = true
 	}
-	for _, m := range g.all() {
+	mounts := g.all()
+	for _, m := range mounts {
 		used[digest.Digest(m.ManifestDigest)] = true
 	}
+	g.starts.keepOnly(mounts)
 	if err := g.configs.keepOnly(used); err != nil {
 		g.cfg.Log.Warn("remove configurations", "error", err)
 	}

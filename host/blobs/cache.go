@@ -9,6 +9,8 @@
 // chunk must not make the node fetch gigabytes. They are answered from what is
 // here, and otherwise passed on to the registry and not kept.
 //
+// A download is as urgent as the most important of its readers.
+//
 // Readers follow a download that is under way. One that begins further ahead of it
 // than [ahead], or four times what it asks for, goes to the registry by itself.
 //
@@ -59,6 +61,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 const (
@@ -106,6 +110,8 @@ type Config struct {
 	// Size is how many bytes it may take on the disk; with 0 nothing is kept and
 	// every request is passed on.
 	Size int64
+	// Disk is what each piece waits for before it is written; nil lets it pass.
+	Disk *sched.Slots
 	Log  *slog.Logger
 }
 
@@ -237,6 +243,9 @@ func (c *Cache) take(r *Reader) bool {
 		return false
 	}
 	r.e = e
+	if !e.complete {
+		r.unfollow = e.work.Follow(sched.From(r.ctx))
+	}
 	if !e.complete && !e.has(r.at+r.left) {
 		c.start(r)
 	}
@@ -246,7 +255,7 @@ func (c *Cache) take(r *Reader) bool {
 // add makes an entry for a blob of which nothing is here. Precondition: mu is held,
 // and there is room.
 func (c *Cache) add(id key, desc ocispec.Descriptor) *entry {
-	e := &entry{key: id, desc: desc, changed: make(chan struct{}), hash: desc.Digest.Algorithm().Hash()}
+	e := &entry{key: id, desc: desc, changed: make(chan struct{}), hash: desc.Digest.Algorithm().Hash(), work: sched.NewShared()}
 	c.entries[id] = e
 	c.used += e.counts()
 	return e

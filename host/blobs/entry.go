@@ -16,6 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // entry is one blob; see the states in the package comment.
@@ -33,7 +34,8 @@ type entry struct {
 	cancel   context.CancelFunc // of the last download
 	timer    *time.Timer        // gives it up, when nobody reads it
 
-	hash hash.Hash // of what is there; belongs to the download
+	hash hash.Hash   // of what is there; belongs to the download
+	work *sched.Work // of the download, for all who read; immutable
 
 	mu      sync.Mutex
 	filled  int64         // bytes that can be read; protected by mu
@@ -88,7 +90,7 @@ func (c *Cache) start(r *Reader) {
 		return
 	}
 	var ctx context.Context
-	ctx, e.cancel = context.WithCancel(c.ctx)
+	ctx, e.cancel = context.WithCancel(sched.With(c.ctx, e.work))
 	e.running = true
 	c.filling++
 	e.refs++
@@ -167,7 +169,13 @@ func (c *Cache) download(ctx context.Context, e *entry, from Origin) error {
 			return err
 		}
 		c.stats.received.Add(int64(n))
-		if err := e.put(buf[:n], filled); err != nil {
+		leave, err := c.cfg.Disk.Enter(ctx)
+		if err != nil {
+			return err
+		}
+		err = e.put(buf[:n], filled)
+		leave()
+		if err != nil {
 			return err
 		}
 		filled += int64(n)

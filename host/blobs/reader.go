@@ -22,6 +22,7 @@ type Reader struct {
 	e        *entry
 	retried  bool          // it has begun a download after another one failed
 	alone    io.ReadCloser // from the origin, when the node cannot keep the blob
+	unfollow func()        // the download is not its work any more; nil when it never was
 	once     sync.Once
 }
 
@@ -125,6 +126,9 @@ func (r *Reader) Close() error {
 	r.once.Do(func() {
 		if r.alone != nil {
 			_ = r.alone.Close() // it was only read
+		}
+		if r.unfollow != nil {
+			r.unfollow()
 		}
 		r.c.release(r.e)
 	})

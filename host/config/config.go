@@ -54,7 +54,7 @@ type Config struct {
 	// IdleExit ends the program when the last control connection has closed:
 	// who attaches sandboxes stays connected as long as they live.
 	IdleExit bool `toml:"idle_exit"`
-	// Class is "online" or "batch": of containers that do not say.
+	// Class is that of containers of which nothing says it.
 	Class    string   `toml:"class"`
 	Log      Log      `toml:"log"`
 	Registry Registry `toml:"registry"`
@@ -63,6 +63,11 @@ type Config struct {
 	Mirror   Mirror   `toml:"mirror"`
 	Kata     Kata     `toml:"kata"`
 	CRI      CRI      `toml:"cri"`
+	Schedule Schedule `toml:"schedule"`
+	// Classes of workload, by name.
+	Classes map[string]Class `toml:"classes"`
+	Metrics Metrics          `toml:"metrics"`
+	Profile Profile          `toml:"profile"`
 	// Check ends the program when the settings are read; a flag only.
 	Check bool `toml:"-"`
 	// Snapshotters are what containerd finds here; none for a program that only
@@ -178,6 +183,8 @@ func Default() Config {
 			RunDirs: []string{"/run/kata", "/run/vc/sbs"}, HostPort: vsock.HostPort, RelayPort: vsock.RelayPort,
 			ContainerdState: "/run/containerd",
 		},
+		Schedule: Schedule{Enabled: true}, Classes: defaultClasses(),
+		Profile: Profile{Record: Duration(30 * time.Second), Budget: 64 << 20},
 	}
 }
 
@@ -273,8 +280,10 @@ func (c *Config) check() error {
 	if err := c.Kata.check(); err != nil {
 		return err
 	}
-	if err := c.Mirror.check(); err != nil {
-		return err
+	for _, check := range []func() error{c.Mirror.check, c.Metrics.check, c.checkClasses, c.Profile.check} {
+		if err := check(); err != nil {
+			return err
+		}
 	}
 	return c.checkNames()
 }
@@ -340,9 +349,6 @@ func (c *Config) checkNumbers() error {
 }
 
 func (c *Config) checkNames() error {
-	if c.Class != "online" && c.Class != "batch" {
-		return fmt.Errorf("class %q: give online or batch", c.Class)
-	}
 	if c.Log.Format != "json" && c.Log.Format != "text" {
 		return fmt.Errorf("log.format %q: give json or text", c.Log.Format)
 	}

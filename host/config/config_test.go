@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 func TestDecode(t *testing.T) {
@@ -53,6 +55,23 @@ run_dirs = ["/run/a"]
 host_port = 3000
 relay_port = 3001
 containerd_state = "/run/k3s/containerd"
+[schedule]
+enabled = false
+link = "10gbit"
+[classes.batch]
+share = 10
+ceiling = "50%"
+match = ["runtime=kata-batch"]
+[classes.mid]
+share = 30
+floor = "20MB"
+fill = "none"
+[metrics]
+address = "127.0.0.1:9110"
+[profile]
+record = "5s"
+push = true
+budget = "8M"
 `, want: func(c *Config) {
 			c.Root, c.Socket, c.ImagesSocket, c.IdleExit, c.Class = "/srv/t", "/run/t.sock", "/run/i.sock", true, "batch"
 			c.Log = Log{Level: "debug", Format: "text"}
@@ -64,6 +83,11 @@ containerd_state = "/run/k3s/containerd"
 			c.Mirror = Mirror{Address: "[::1]:5055", Blobs: 3 << 30}
 			c.Store = Store{Size: "7G", High: 90, Low: 80, Pinned: []string{"a:1", "b"}}
 			c.Kata = Kata{Discover: true, RunDirs: []string{"/run/a"}, HostPort: 3000, RelayPort: 3001, ContainerdState: "/run/k3s/containerd"}
+			c.Schedule = Schedule{Link: Rate{sched.Rate{Bytes: 1_250_000_000}}}
+			c.Classes["batch"] = Class{Share: 10, Ceiling: Rate{sched.Rate{Percent: 50}}, Fill: "none", Match: []string{"runtime=kata-batch"}}
+			c.Classes["mid"] = Class{Share: 30, Floor: Rate{sched.Rate{Bytes: 20_000_000}}, Fill: "none"}
+			c.Metrics = Metrics{Address: "127.0.0.1:9110"}
+			c.Profile = Profile{Record: Duration(5 * time.Second), Push: true, Budget: 8 << 20}
 		}},
 		{name: "no version", text: `root = "/x"`, err: "version is 0: write version = 1"},
 		{name: "later version", text: "version = 2", err: "version is 2"},
@@ -129,7 +153,7 @@ func TestParse(t *testing.T) {
 		{name: "one socket", path: absent, args: []string{"--images-socket", "/x", "--socket", "/x"}, err: "give two paths"},
 		{name: "layers", path: absent, args: []string{"--layers", "0"}, err: "registry.layers is 0"},
 		{name: "not a number", path: absent, args: []string{"--ranges", "many"}, err: "ranges"},
-		{name: "class", path: absent, args: []string{"--class", "bulk"}, err: "online or batch"},
+		{name: "class", path: absent, args: []string{"--class", "bulk"}, err: `class "bulk": give one of online, batch`},
 		{name: "level", path: absent, args: []string{"--log-level", "loud"}, err: "log.level"},
 		{name: "format", path: absent, args: []string{"--log-format", "xml"}, err: "log.format"},
 		{name: "host", path: absent, args: []string{"--plain-http", "http://a"}, err: "plain_http"},
@@ -222,6 +246,27 @@ func TestMirror(t *testing.T) {
 	}
 }
 
+func TestProfile(t *testing.T) {
+	for _, tc := range []struct{ text, err string }{
+		{"", ""},
+		{`record = "0s"`, ""},
+		{`record = "10m"`, ""},
+		{`budget = "0"`, ""},
+		{`record = "500ms"`, "profile.record is 500ms"},
+		{`record = "-1s"`, "profile.record is -1s"},
+		{`record = "1h"`, "profile.record is 1h"},
+		{`budget = "2G"`, "profile.budget"},
+	} {
+		c, err := Decode([]byte("version = 1\n[profile]\n" + tc.text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.check(); (err == nil) != (tc.err == "") || err != nil && !strings.Contains(err.Error(), tc.err) {
+			t.Errorf("%s: %v, want an error with %q", tc.text, err, tc.err)
+		}
+	}
+}
+
 func TestHelp(t *testing.T) {
 	var b strings.Builder
 	if _, err := parse([]string{"-h"}, &b, Path); !errors.Is(err, flag.ErrHelp) {
@@ -255,10 +300,14 @@ func TestExample(t *testing.T) {
 		t.Fatal(err)
 	}
 	got.Registry.PlainHTTP, got.Store.Pinned = nil, nil // empty
+	for name, c := range got.Classes {
+		c.Match = nil // empty
+		got.Classes[name] = c
+	}
 	if want := Default(); !reflect.DeepEqual(got, want) {
 		t.Errorf("the example gives %+v, the defaults are %+v", got, want)
 	}
-	if n, want := strings.Count(string(text), " = "), fields(reflect.TypeFor[Config]()); n != want {
+	if n, want := strings.Count(string(text), " = "), fields(reflect.TypeFor[Config]())+fields(reflect.TypeFor[Class]())*(len(Default().Classes)-1); n != want {
 		t.Errorf("%d settings in the example, there are %d", n, want)
 	}
 }
@@ -280,10 +329,10 @@ func TestDeployedSettings(t *testing.T) {
 
 // A daemon with more settings is not understood any more.
 func TestSettings(t *testing.T) {
-	each := fields(reflect.TypeFor[Snapshotter]())
+	each, class := fields(reflect.TypeFor[Snapshotter]()), fields(reflect.TypeFor[Class]())
 	// The version is none.
-	if n := fields(reflect.TypeFor[Config]()) - 1 - each; n > 29 || each > 7 {
-		t.Fatalf("%d settings and %d of a snapshotter, at most 29 and 7 are wanted", n, each)
+	if n := fields(reflect.TypeFor[Config]()) - 1 - each - class; n > 35 || each > 7 || class > 5 {
+		t.Fatalf("%d settings, %d of a snapshotter and %d of a class; at most 35, 7 and 5 are wanted", n, each, class)
 	}
 }
 
@@ -292,9 +341,9 @@ func fields(t reflect.Type) int {
 	for i := range t.NumField() {
 		switch f := t.Field(i).Type; {
 		case t.Field(i).Tag.Get("toml") == "-":
-		case f.Kind() == reflect.Struct:
+		case f.Kind() == reflect.Struct && f != reflect.TypeFor[Rate]():
 			n += fields(f)
-		case f.Kind() == reflect.Slice && f.Elem().Kind() == reflect.Struct:
+		case (f.Kind() == reflect.Slice || f.Kind() == reflect.Map) && f.Elem().Kind() == reflect.Struct:
 			n += fields(f.Elem())
 		default:
 			n++

@@ -56,7 +56,7 @@ func (f *flags) set(usage io.Writer) *flag.FlagSet {
 	f.text(s, "socket", "control socket `path`", func(c *Config) *string { return &c.Socket })
 	f.text(s, "images-socket", "`path` of the socket of virtio-fs devices", func(c *Config) *string { return &c.ImagesSocket })
 	f.text(s, "state", "`directory` of mounts and sockets, on a tmpfs", func(c *Config) *string { return &c.State })
-	f.text(s, "class", "`class` of containers that do not say: online or batch", func(c *Config) *string { return &c.Class })
+	f.text(s, "class", "`class` of containers of which nothing says it: online, batch, or one of the settings", func(c *Config) *string { return &c.Class })
 	f.text(s, "log-level", "`level`: debug, info, warn or error", func(c *Config) *string { return &c.Log.Level })
 	f.text(s, "log-format", "`format`: json or text", func(c *Config) *string { return &c.Log.Format })
 	f.text(s, "credentials", "`places` of credentials, separated by \":\": Docker's config.json, pull secrets, the kubelet's config of providers, a kubeconfig", func(c *Config) *string { return &c.Registry.Credentials })

@@ -1,6 +1,6 @@
 // Package criproxy stands between the kubelet and containerd's image service, to see
-// the credentials that the kubelet passes with each pull: those of a pod's
-// imagePullSecrets and of the kubelet's own credential providers. Every call goes on
+// what the kubelet passes with each pull: for which pod it is, and the credentials of that
+// pod's imagePullSecrets and of the kubelet's own credential providers. Every call goes on
 // to containerd and comes back as it is; nothing is decoded but what a pull brings.
 //
 // Credentials are in memory only. They are those of a repository, and are forgotten

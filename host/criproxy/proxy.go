@@ -16,6 +16,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/tatami-containers/tatami/host/class"
+	"github.com/tatami-containers/tatami/host/pods"
 	"github.com/tatami-containers/tatami/rootfs/registry/credentials"
 )
 
@@ -38,14 +40,16 @@ const (
 type Config struct {
 	Containerd string // path of its socket
 	Keys       *Keys
+	Pulls      *class.Pulls // is told of pulls for pods; may be nil
 	Log        *slog.Logger
 }
 
 // Proxy passes calls of CRI on.
 type Proxy struct {
-	keys *Keys
-	log  *slog.Logger
-	conn *grpc.ClientConn
+	keys  *Keys
+	pulls *class.Pulls
+	log   *slog.Logger
+	conn  *grpc.ClientConn
 	// removed has an element after an image was removed.
 	removed chan struct{}
 }
@@ -62,7 +66,7 @@ func New(cfg Config) (*Proxy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("image service of containerd at %s: %w", cfg.Containerd, err)
 	}
-	return &Proxy{keys: cfg.Keys, log: cfg.Log, conn: conn, removed: make(chan struct{}, 1)}, nil
+	return &Proxy{keys: cfg.Keys, pulls: cfg.Pulls, log: cfg.Log, conn: conn, removed: make(chan struct{}, 1)}, nil
 }
 
 // Close ends the connection to containerd. Serve has returned.
@@ -120,7 +124,11 @@ func (p *Proxy) begin(method string, first frame) (end func(error)) {
 	case cri.ImageService_PullImage_FullMethodName:
 		var req cri.PullImageRequest
 		if proto.Unmarshal(first, &req) == nil { // else containerd says so
-			return p.pull(&req)
+			login, pod := p.login(&req), p.pod(&req)
+			return func(err error) {
+				login(err)
+				pod()
+			}
 		}
 	case cri.ImageService_RemoveImage_FullMethodName:
 		return func(err error) {
@@ -136,7 +144,17 @@ func (p *Proxy) begin(method string, first frame) (end func(error)) {
 	return func(error) {}
 }
 
-func (p *Proxy) pull(req *cri.PullImageRequest) (end func(error)) {
+// pod notes for which pod a pull is, until it ends.
+func (p *Proxy) pod(req *cri.PullImageRequest) (end func()) {
+	uid, facts, ok := pods.OfPull(req)
+	if p.pulls == nil || !ok {
+		return func() {}
+	}
+	return p.pulls.Begin(req.GetImage().GetImage(), class.Pull{Pod: uid, Facts: facts})
+}
+
+// login notes the credential of a pull.
+func (p *Proxy) login(req *cri.PullImageRequest) (end func(error)) {
 	a := req.GetAuth()
 	login := credentials.Login{
 		Username: a.GetUsername(), Password: a.GetPassword(), Auth: a.GetAuth(),

@@ -26,7 +26,7 @@ func TestStatusFits(t *testing.T) {
 	room := statusRoom
 	out := &api.StatusResponse{}
 	for range 2 {
-		out.Snapshotters = append(out.Snapshotters, status(config.Snapshotter{Name: "tatami"}, entries, &room))
+		out.Snapshotters = append(out.Snapshotters, status(config.Snapshotter{Name: "tatami"}, entries, new(work).classOf, &room))
 	}
 	if size := proto.Size(out); size > 3<<20 {
 		t.Errorf("an answer of %d bytes", size)

@@ -49,8 +49,8 @@ func runWorker(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	images, _ := sockets[cfg.ImagesSocket].(*net.UnixListener) // the settings name it, or it is opened here
 	beside := service.Beside{
 		Control: sockets[cfg.Socket], Images: images, Ready: func() { sayReady(readies, log) },
-		Open: func(ctx context.Context, n *node.Node) (service.Local, error) {
-			return openLocal(ctx, cfg, n, link, sockets, keys, log)
+		Open: func(ctx context.Context, n *node.Node, c service.Classes) (service.Local, error) {
+			return openLocal(ctx, cfg, n, link, sockets, keys, newWork(c, cfg.Kata.ContainerdState), log)
 		},
 	}
 	if cfg.CRI.ImageService != "" {
@@ -97,20 +97,23 @@ type local struct {
 	all     []*snapshotter.Snapshotter // as cfg.Snapshotters
 	owners  *snapshotter.Owners
 	kubelet *criproxy.Proxy // nil without cri.image_service
+	work    *work
+	images  *mounts.Mounts
 
 	endReads func()     // ends the answering of reads
 	reads    chan error // how that ended
 }
 
-func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *session.Link, sockets map[string]net.Listener, keys *criproxy.Keys, log *slog.Logger) (_ *local, err error) {
-	l := &local{cfg: cfg, log: log, sockets: sockets, reads: make(chan error, 1)}
+func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *session.Link, sockets map[string]net.Listener, keys *criproxy.Keys, w *work, log *slog.Logger) (_ *local, err error) {
+	l := &local{cfg: cfg, log: log, sockets: sockets, work: w, reads: make(chan error, 1)}
 	if l.mounter, err = mount.New(mount.Config{StateDir: cfg.State, Link: link, Prefer: mountPath(), Log: log}); err != nil {
 		return nil, err
 	}
-	images, err := mounts.New(mounts.Config{Node: n, Mounter: l.mounter, Dir: cfg.State, Log: log})
+	images, err := mounts.New(mounts.Config{Node: n, Mounter: l.mounter, Dir: cfg.State, Flow: w.flow, Log: log})
 	if err != nil {
 		return nil, err
 	}
+	l.images = images
 	reading, endReads := context.WithCancel(context.WithoutCancel(ctx))
 	if err := l.mounter.Restore(ctx, images.Reopen(reading)); err != nil {
 		endReads()
@@ -123,7 +126,9 @@ func openLocal(ctx context.Context, cfg config.Config, n *node.Node, link *sessi
 	}
 	err = l.openSnapshotters(ctx, images)
 	if err == nil && cfg.CRI.ImageService != "" {
-		l.kubelet, err = criproxy.New(criproxy.Config{Containerd: cfg.Kata.ContainerdSocket(), Keys: keys, Log: log})
+		l.kubelet, err = criproxy.New(criproxy.Config{
+			Containerd: cfg.Kata.ContainerdSocket(), Keys: keys, Pulls: &w.pulls, Log: log,
+		})
 	}
 	if err != nil {
 		return nil, errors.Join(err, l.Close())
@@ -142,7 +147,8 @@ func (l *local) openSnapshotters(ctx context.Context, images *mounts.Mounts) err
 		s, err := snapshotter.Open(ctx, snapshotter.Config{
 			Root: filepath.Join(root, c.Name), Name: c.Name, Mode: snapshotter.Mode(c.Mode),
 			Allow: modes(c.Allow), Fallback: modes(c.Fallback), UpperSize: int64(c.UpperSize), Verified: c.ChainIDs == "verified",
-			MountHelper: l.cfg.MountHelper, Images: images, Owners: l.owners, Log: l.log.With("snapshotter", c.Name),
+			MountHelper: l.cfg.MountHelper, Images: images, Owners: l.owners,
+			Pulling: func(ctx context.Context, ref string) context.Context { return l.work.of(ctx, ref, c.Name) }, Log: l.log.With("snapshotter", c.Name),
 		})
 		if err != nil {
 			return fmt.Errorf("open snapshotter %s: %w", c.Name, err)
@@ -176,6 +182,7 @@ func (l *local) Serve(ctx context.Context) error {
 		l.log.Error("the image service is new since tatami-host was started; restart it", "socket", at)
 	}
 	g.Go(func() error { l.collect(ctx); return nil })
+	g.Go(func() error { l.classify(ctx); return nil })
 	g.Go(func() error {
 		select {
 		case err := <-l.reads:

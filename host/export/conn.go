@@ -8,11 +8,13 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/tatami-containers/tatami/protocols/sharedimages"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // conn is the connection of one device.
@@ -266,6 +268,9 @@ func (c *conn) segment(handle uint32, k int64) (state, data *os.File, off int64,
 	return state, data, off, nil
 }
 
+// maxTurn is how long a device may take for an answer while others wait for theirs.
+const maxTurn = 20 * time.Millisecond
+
 // buffers are for reads, of sharedimages.MaxData bytes.
 var buffers = sync.Pool{New: func() any { return new([sharedimages.MaxData]byte) }}
 
@@ -280,18 +285,33 @@ func (c *conn) read(ctx context.Context, h sharedimages.Header) {
 	}
 	buf := buffers.Get().(*[sharedimages.MaxData]byte)
 	defer buffers.Put(buf)
-	n, err := c.readAt(ctx, buf, h)
+	n, leave, err := c.readAt(ctx, buf, h)
+	defer leave()
 	answer.N = uint32(n)
 	c.answer(answer, buf[:n], err)
 }
 
-// readAt reads what a request asks for, all or nothing.
-func (c *conn) readAt(ctx context.Context, buf *[sharedimages.MaxData]byte, h sharedimages.Header) (int, error) {
+// readAt reads what a request asks for, all or nothing, and waits for the turn to send
+// it, which leave ends.
+func (c *conn) readAt(ctx context.Context, buf *[sharedimages.MaxData]byte, h sharedimages.Header) (n int, leave func(), err error) {
+	leave = func() {}
 	o, err := c.use(h.Handle)
 	if err != nil {
-		return 0, err
+		return 0, leave, err
 	}
 	defer c.release(o)
+	ctx = sched.With(ctx, sched.NewWork(sched.Standing{Flow: o.Flow()}))
+	if n, err = o.read(ctx, buf, h); err != nil {
+		return 0, leave, err
+	}
+	if end, err := c.s.cfg.Queue.Brief(ctx, maxTurn); err == nil {
+		leave = end
+	} // else nobody waits for the answer
+	return n, leave, nil
+}
+
+// read reads what a request asks for, all or nothing.
+func (o *open) read(ctx context.Context, buf *[sharedimages.MaxData]byte, h sharedimages.Header) (int, error) {
 	n := int64(h.N)
 	if n > sharedimages.MaxData || h.Off > o.desc.Size || n > o.desc.Size-h.Off {
 		return 0, fmt.Errorf("read %d bytes at %d of an image of %d: %w", n, h.Off, o.desc.Size, errdefs.ErrInvalidArgument)

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/protocols/sharedimages"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 const patience = time.Minute
@@ -38,6 +39,8 @@ type stock struct {
 
 	mu      sync.Mutex
 	granted map[string]digest.Digest // by sandbox; protected by mu
+	flow    *sched.Flow              // protected by mu
+	asked   chan *sched.Work         // when set, gets that of each read; protected by mu
 }
 
 func (s *stock) open(sandbox string, d digest.Digest) (Image, error) {
@@ -71,6 +74,9 @@ func (i stockImage) Share(int) (state, data *os.File, off int64, err error) {
 }
 
 func (i stockImage) ReadAt(ctx context.Context, p []byte, _ int64) (int, error) {
+	if _, asked := i.whose(); asked != nil {
+		asked <- sched.From(ctx)
+	}
 	now := i.waiting.Add(1)
 	defer i.waiting.Add(-1)
 	for m := i.peak.Load(); now > m && !i.peak.CompareAndSwap(m, now); m = i.peak.Load() {
@@ -86,6 +92,17 @@ func (i stockImage) ReadAt(ctx context.Context, p []byte, _ int64) (int, error) 
 		p[n] = 7
 	}
 	return len(p), nil
+}
+
+func (i stockImage) Flow() *sched.Flow {
+	f, _ := i.whose()
+	return f
+}
+
+func (s *stock) whose() (*sched.Flow, chan *sched.Work) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.flow, s.asked
 }
 
 func (i stockImage) Close() { i.opens.Add(-1) }
@@ -545,5 +562,46 @@ func TestEndIsNoAnswer(t *testing.T) {
 	g.Close()
 	if h, _, _, err := p.next(); !errors.Is(err, io.EOF) {
 		t.Errorf("%+v, %v", h, err)
+	}
+}
+
+// A read is the work of whom the image is open for, and its bytes wait for their turn.
+func TestReadIsWork(t *testing.T) {
+	turns, err := sched.New(sched.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := start(t, Config{Queue: turns.Relay()})
+	flow, asked := turns.Flow("batch", "box"), make(chan *sched.Work, 1)
+	g.stock.mu.Lock()
+	g.flow, g.asked = flow, asked
+	g.stock.mu.Unlock()
+	p := g.dial("box")
+	handle := p.open()
+	var leaves []func()
+	for {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		leave, err := turns.Relay().Enter(ctx)
+		cancel()
+		if err != nil {
+			break
+		}
+		leaves = append(leaves, leave)
+	}
+	id := p.ask(sharedimages.Header{Op: sharedimages.Read, Handle: handle, N: 100}, "")
+	w := <-asked
+	if got := w.Standing(); got != (sched.Standing{Flow: flow}) {
+		t.Errorf("%s of class %q", got.Rank, got.Flow.Class().Name)
+	}
+	for end := time.Now().Add(patience); !w.Waiting(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the answer does not wait")
+		}
+	}
+	for _, leave := range leaves {
+		leave()
+	}
+	if h, b, _, err := p.next(); err != nil || h.ID != id || len(b) != 100 {
+		t.Errorf("%+v: %d bytes, %v", h, len(b), err)
 	}
 }

@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/protocols/sharedimages"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Image is an image that a connection has open.
@@ -42,6 +43,8 @@ type Image interface {
 	Share(k int) (state, data *os.File, off int64, err error)
 	// ReadAt is as of io.ReaderAt, and fetches what is missing.
 	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
+	// Flow is for whom it is read at present.
+	Flow() *sched.Flow
 	// Close gives it back. It is called once, when nothing is read any more.
 	Close()
 }
@@ -58,6 +61,8 @@ type Config struct {
 	Requests int
 	// Stall is how long a device may take nothing of an answer; 30 s when 0.
 	Stall time.Duration
+	// Queue is what is waited for before bytes are sent; nil lets them pass.
+	Queue *sched.Slots
 	Log   *slog.Logger
 }
 

@@ -45,6 +45,7 @@ import (
 	"github.com/tatami-containers/tatami/host/blobs"
 	"github.com/tatami-containers/tatami/host/ociserve"
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Config of a Mirror.
@@ -54,6 +55,8 @@ type Config struct {
 	Blobs    *blobs.Cache
 	// Stall is how long a caller may take nothing of an answer; 30 s when 0.
 	Stall time.Duration
+	// Queue is what is waited for before bytes are sent; nil lets them pass.
+	Queue *sched.Slots
 	Log   *slog.Logger
 }
 
@@ -74,7 +77,7 @@ func New(cfg Config) *Mirror {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	m := &Mirror{cfg: cfg, rights: newRights(time.Now)}
-	m.Server = ociserve.New(ociserve.Config{Answer: m.answer, Requests: requests, Stall: cfg.Stall, Log: cfg.Log})
+	m.Server = ociserve.New(ociserve.Config{Answer: m.answer, Requests: requests, Stall: cfg.Stall, Queue: cfg.Queue, Log: cfg.Log})
 	return m
 }
 

@@ -29,6 +29,7 @@ import (
 	"github.com/tatami-containers/tatami/host/snapshotter"
 	"github.com/tatami-containers/tatami/rootfs/keyed"
 	"github.com/tatami-containers/tatami/rootfs/mount"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Config of Mounts.
@@ -37,7 +38,10 @@ type Config struct {
 	Mounter *mount.Mounter
 	// Dir is the state directory of the Mounter, too.
 	Dir string
-	Log *slog.Logger
+	// Flow is for whom an image is read that a holder gets now. Nil is nobody in
+	// particular.
+	Flow func(c snapshotter.Chain) *sched.Flow
+	Log  *slog.Logger
 }
 
 // Mounts holds images for holders. Its methods may be called concurrently.
@@ -48,6 +52,7 @@ type Mounts struct {
 
 	mu      sync.Mutex
 	holders map[string]holding // by holder; protected by mu
+	files   map[*shared]bool   // open images; protected by mu
 }
 
 var _ snapshotter.Images = (*Mounts)(nil)
@@ -57,7 +62,10 @@ func New(cfg Config) (*Mounts, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	m := &Mounts{cfg: cfg, log: cfg.Log, holders: map[string]holding{}}
+	if cfg.Flow == nil {
+		cfg.Flow = func(snapshotter.Chain) *sched.Flow { return nil }
+	}
+	m := &Mounts{cfg: cfg, log: cfg.Log, holders: map[string]holding{}, files: map[*shared]bool{}}
 	if err := os.MkdirAll(m.holdersDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("make directory of holders: %w", err)
 	}
@@ -84,7 +92,8 @@ func imageOf(c snapshotter.Chain) digest.Digest {
 func (m *Mounts) Mount(ctx context.Context, holder string, c snapshotter.Chain) (dir string, err error) {
 	image := imageOf(c)
 	dir = filepath.Join(m.cfg.Dir, "trees", image.Encoded())
-	err = m.hold(ctx, holder, holding{Use: tree, Chain: chain(c)}, func(f *node.File) error {
+	err = m.hold(ctx, holder, holding{Use: tree, Chain: chain(c)}, func(f *shared) error {
+		f.Begin(m.cfg.Flow(c).Class().Fill)
 		_, err := m.cfg.Mounter.Mount(ctx, mount.Spec{
 			ID: image.Encoded(), Reference: c.Reference, Manifest: image, Image: f, Target: dir, ReadOnly: true,
 		})
@@ -95,7 +104,8 @@ func (m *Mounts) Mount(ctx context.Context, holder string, c snapshotter.Chain) 
 
 // File implements snapshotter.Images.
 func (m *Mounts) File(ctx context.Context, holder string, c snapshotter.Chain) (path string, err error) {
-	err = m.hold(ctx, holder, holding{Use: file, Chain: chain(c)}, func(f *node.File) error {
+	err = m.hold(ctx, holder, holding{Use: file, Chain: chain(c)}, func(f *shared) error {
+		f.Begin(m.cfg.Flow(c).Class().Fill)
 		path, err = m.cfg.Mounter.Expose(ctx, imageOf(c), c.Reference, f)
 		return err
 	})
@@ -104,7 +114,7 @@ func (m *Mounts) File(ctx context.Context, holder string, c snapshotter.Chain) (
 
 // hold writes down that holder has something and sees to it that it is there.
 // provide takes the file over.
-func (m *Mounts) hold(ctx context.Context, holder string, h holding, provide func(*node.File) error) error {
+func (m *Mounts) hold(ctx context.Context, holder string, h holding, provide func(*shared) error) error {
 	unlock, err := m.images.Lock(ctx, h.key())
 	if err != nil {
 		return err
@@ -133,15 +143,18 @@ func (m *Mounts) hold(ctx context.Context, holder string, h holding, provide fun
 }
 
 // open opens the image of a chain, or of its lower layers.
-func (m *Mounts) open(ctx context.Context, c snapshotter.Chain) (*node.File, error) {
+func (m *Mounts) open(ctx context.Context, c snapshotter.Chain) (*shared, error) {
 	l, err := m.cfg.Node.LeaseManifest(ctx, c.Reference, c.Manifest)
 	if err != nil {
 		return nil, err
 	}
-	if c.Whole() {
-		return l.File(), nil
+	f := l.File()
+	if !c.Whole() {
+		if f, err = l.Prefix(ctx, c.Layers); err != nil {
+			return nil, err
+		}
 	}
-	return l.Prefix(ctx, c.Layers)
+	return m.share(f, c), nil
 }
 
 // Reopen opens images that an earlier process served, for mount.Restore.

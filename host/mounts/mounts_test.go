@@ -43,7 +43,7 @@ func newRig(t *testing.T) *rig {
 	check(t, err)
 	t.Cleanup(func() { check(t, os.RemoveAll(dir)) })
 	client := registry.New(registry.Config{RetryMax: -1, RetryWait: time.Millisecond})
-	n, err := node.Open(node.Config{Root: filepath.Join(dir, "node"), Registry: client})
+	n, err := node.Open(node.Config{Root: filepath.Join(dir, "node"), Registry: client, Profiles: node.Profiles{Record: time.Hour}})
 	check(t, err)
 	t.Cleanup(func() { check(t, errors.Join(n.Close(), client.Close())) })
 	s, err := session.Open(session.Config{Dir: filepath.Join(dir, "state", "fuse")})
@@ -114,6 +114,31 @@ func content(t *testing.T, path string) string {
 	b, err := os.ReadFile(path)
 	check(t, err)
 	return string(b)
+}
+
+// What the first container on a mount reads becomes the start-up profile of its image.
+func TestRecord(t *testing.T) {
+	g := newRig(t)
+	whole, _ := g.image(t, "app")
+	dir, err := g.Mount(t.Context(), "a.1", whole)
+	check(t, err)
+	if got := content(t, dir+"/name"); got != "app" {
+		t.Errorf("read %q", got)
+	}
+	_, err = g.Mount(t.Context(), "a.2", whole) // records nothing, and is in nobody's way
+	check(t, err)
+	g.node.EndRecordings(whole.Manifest)
+	for deadline := time.Now().Add(10 * time.Second); len(g.node.Profiles()) == 0 && time.Now().Before(deadline); {
+		time.Sleep(5 * time.Millisecond)
+	}
+	l, err := g.node.LeaseNamed(t.Context(), whole.Reference)
+	check(t, err)
+	defer l.Close()
+	paths, err := l.ExportProfile("")
+	check(t, err)
+	if string(paths) != "/name\n" {
+		t.Errorf("recorded %q", paths)
+	}
 }
 
 // Holders share what is mounted; it goes with the last of them.

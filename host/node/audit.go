@@ -13,6 +13,7 @@ import (
 
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/layer"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 	"github.com/tatami-containers/tatami/rootfs/store"
 )
 
@@ -40,13 +41,14 @@ func (n *Node) auditKept(r *record) {
 }
 
 func (n *Node) auditOne(id index.ID, k layerKey) {
-	select {
-	case n.building <- struct{}{}: // it costs as much as building a layer
-		defer func() { <-n.building }()
-	case <-n.ctx.Done():
+	work := sched.NewWork(sched.Standing{Flow: n.cfg.Sched.Flow("", "audit"), Rank: sched.Background})
+	ctx := sched.With(n.ctx, work)
+	leave, err := n.building.enter(ctx, "") // it costs as much as building a layer
+	if err != nil {
 		return
 	}
-	err := n.auditLayer(n.ctx, id, k)
+	defer leave()
+	err = n.auditLayer(ctx, id, k)
 	switch {
 	case n.ctx.Err() != nil || err == nil:
 	case errdefs.IsDataLoss(err):
@@ -144,7 +146,7 @@ func (n *Node) auditLayer(ctx context.Context, id index.ID, k layerKey) error {
 		return err
 	}
 	if seg.Complete() {
-		err = auditSegment(ctx, l, segmentAt{ctx, seg})
+		err = auditSegment(ctx, n.cfg.Sched.CPU(), l, segmentAt{ctx, seg})
 	}
 	if closeErr := seg.Close(); err == nil {
 		err = closeErr
@@ -153,7 +155,7 @@ func (n *Node) auditLayer(ctx context.Context, id index.ID, k layerKey) error {
 }
 
 // auditSegment makes the tar again and reads it like any other.
-func auditSegment(ctx context.Context, l *index.Layer, segment io.ReaderAt) error {
+func auditSegment(ctx context.Context, cpu *sched.Slots, l *index.Layer, segment io.ReaderAt) error {
 	size := int64(len(l.Skeleton))
 	for _, x := range l.Access.Extents {
 		size += x.Len
@@ -166,7 +168,7 @@ func auditSegment(ctx context.Context, l *index.Layer, segment io.ReaderAt) erro
 		defer close(done)
 		w.CloseWithError(layer.WriteTar(ctx, l, segment, w))
 	}()
-	made, err := layer.Build(ctx, r, layer.Descriptor{Digest: l.DiffID, Size: size}, layer.Discard, layer.Options{})
+	made, err := layer.Build(ctx, r, layer.Descriptor{Digest: l.DiffID, Size: size}, layer.Discard, layer.Options{CPU: cpu})
 	r.CloseWithError(io.ErrClosedPipe)
 	<-done
 	switch {

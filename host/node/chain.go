@@ -16,6 +16,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/bootstrap"
 	"github.com/tatami-containers/tatami/rootfs/image"
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 	"github.com/tatami-containers/tatami/rootfs/store"
 )
 
@@ -102,6 +103,12 @@ func (f *File) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 
 // Size is the length of the one-file image in bytes.
 func (f *File) Size() int64 { return f.image.Size() }
+
+// SetFlow says for whom it is read (store.Image.SetFlow).
+func (f *File) SetFlow(to *sched.Flow) { f.image.SetFlow(to) }
+
+// Flow is for whom it is read.
+func (f *File) Flow() *sched.Flow { return f.image.Flow() }
 
 // Close ends the right to read. It is idempotent.
 func (f *File) Close() error { return f.close() }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 )
 
@@ -28,8 +29,12 @@ type rig struct {
 	root string
 	log  *bytes.Buffer
 
-	quota  int64    // of the store from the next restart on, in bytes; 0: none
-	pinned []string // likewise
+	client *registry.Client
+	turns  *sched.Scheduler // nil: everybody's
+
+	quota    int64    // of the store from the next restart on, in bytes; 0: none
+	pinned   []string // likewise
+	profiles Profiles // likewise
 }
 
 func newRig(t *testing.T) *rig {
@@ -43,17 +48,17 @@ func newRig(t *testing.T) *rig {
 // restart.
 func (g *rig) open(t *testing.T) {
 	t.Helper()
-	client := registry.New(registry.Config{RetryMax: -1, RetryWait: time.Millisecond, Stall: 500 * time.Millisecond})
+	client := registry.New(registry.Config{RetryMax: -1, RetryWait: time.Millisecond, Stall: 500 * time.Millisecond, Sched: g.turns})
 	g.log = new(bytes.Buffer)
 	n, err := Open(Config{
 		Root: g.root, Registry: client, Blobs: 1 << 30, Quota: func(int64) (int64, error) { return g.quota, nil }, High: 50, Low: 40,
-		Pinned: g.pinned, Log: slog.New(slog.NewTextHandler(g.log, nil)),
+		Pinned: g.pinned, Profiles: g.profiles, Sched: g.turns, Log: slog.New(slog.NewTextHandler(g.log, nil)),
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	n.Release()
-	g.Node = n
+	g.Node, g.client = n, client
 	t.Cleanup(func() {
 		if err := n.Close(); err != nil {
 			t.Error(err)

@@ -101,16 +101,10 @@ func (n *Node) assemble(ctx context.Context, repo *registry.Repository, img *ima
 	for i, l := range layers {
 		merged[i] = l.layer
 	}
-	built, err := bootstrap.Build(img.Desc.Digest, merged)
+	built, encoded, err := n.merge(ctx, img, merged, c)
 	if err != nil {
 		return err
 	}
-	c.mark("bootstrap")
-	encoded, err := index.EncodeImage(built)
-	if err != nil {
-		return err
-	}
-	c.mark("encode")
 	open, err := n.store.OpenImage(ctx, built, nil)
 	if err != nil {
 		return err
@@ -125,6 +119,26 @@ func (n *Node) assemble(ctx context.Context, repo *registry.Repository, img *ima
 	n.auditKept(r)
 	c.mark("keep")
 	return nil
+}
+
+// merge makes an image out of its layers, and its index.
+func (n *Node) merge(ctx context.Context, img *image.Image, layers []*index.Layer, c *clock) (*index.Image, []byte, error) {
+	leave, err := n.cfg.Sched.CPU().Enter(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer leave()
+	built, err := bootstrap.Build(img.Desc.Digest, layers)
+	if err != nil {
+		return nil, nil, err
+	}
+	c.mark("bootstrap")
+	encoded, err := index.EncodeImage(built)
+	if err != nil {
+		return nil, nil, err
+	}
+	c.mark("encode")
+	return built, encoded, nil
 }
 
 // keepImage writes the record and makes the image known.

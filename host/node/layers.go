@@ -169,15 +169,12 @@ func (n *Node) wholeLayer(ctx context.Context, repo *registry.Repository, l form
 }
 
 // buildLayer streams the whole blob once: into the store, and into an index.
-// How many do so at a time is bounded for the node: each takes a core and the
-// buffers of a stream.
 func (n *Node) buildLayer(ctx context.Context, repo *registry.Repository, l formats.Layer, bytes *atomic.Int64) (*layerIndex, error) {
-	select {
-	case n.building <- struct{}{}:
-		defer func() { <-n.building }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	leave, err := n.building.enter(ctx, repo.Host())
+	if err != nil {
+		return nil, err
 	}
+	defer leave()
 	for {
 		trailed, trail := registry.WithTrail(ctx)
 		made, err := n.streamLayer(trailed, repo, l, bytes)
@@ -193,12 +190,12 @@ func (n *Node) streamLayer(ctx context.Context, repo *registry.Repository, l for
 		return nil, err
 	}
 	defer body.Close()
-	ingest, err := n.store.Ingest()
+	ingest, err := n.store.Ingest(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
 	}
 	defer ingest.Abort() // after Commit it does nothing
-	made, err := layer.Build(ctx, body, l.Descriptor, ingest, layer.Options{Progress: bytes.Store})
+	made, err := layer.Build(ctx, body, l.Descriptor, ingest, layer.Options{Progress: bytes.Store, CPU: n.cfg.Sched.CPU()})
 	if err != nil {
 		return nil, err
 	}

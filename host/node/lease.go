@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 	"github.com/tatami-containers/tatami/rootfs/store"
 )
 
@@ -41,6 +43,9 @@ type Lease struct {
 	open   *store.Image
 	at     map[digest.Digest]index.Segment // by ID; tables are the store's
 	once   sync.Once
+	ended  chan struct{} // closed by Close
+
+	recorded atomic.Bool // Record was called
 }
 
 // Lease takes a lease on what ref meant when it was prepared last. ErrNotFound
@@ -78,7 +83,7 @@ func (n *Node) lease(ctx context.Context, ref reference.Named, manifest digest.D
 	if !ok {
 		return nil, fmt.Errorf("image %s is not on the node: prepare it first: %w", ref, errdefs.ErrNotFound)
 	}
-	l := &Lease{n: n, record: r, repo: n.cfg.Registry.Repository(ref)}
+	l := &Lease{n: n, record: r, repo: n.cfg.Registry.Repository(ref), ended: make(chan struct{})}
 	if err := l.load(ctx); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("open image %s: %w", ref, err)
@@ -121,6 +126,7 @@ func (l *Lease) reload(ctx context.Context, sources []store.Source) (*store.Imag
 // idempotent.
 func (l *Lease) Close() {
 	l.once.Do(func() {
+		close(l.ended)
 		if l.open != nil {
 			_ = l.open.Close() // it has nothing to report
 		}
@@ -133,9 +139,11 @@ func (l *Lease) Close() {
 	})
 }
 
-// SetBatch says that the container which reads through this lease is a batch job:
-// what only such read is given up first.
-func (l *Lease) SetBatch(batch bool) { l.open.SetBatch(batch) }
+// SetFlow says for whom is read through this lease (store.Image.SetFlow).
+func (l *Lease) SetFlow(f *sched.Flow) { l.open.SetFlow(f) }
+
+// Flow is for whom is read through this lease.
+func (l *Lease) Flow() *sched.Flow { return l.open.Flow() }
 
 // Manifest is the digest of the image's manifest.
 func (l *Lease) Manifest() digest.Digest { return l.record.Manifest.Digest }
@@ -292,7 +300,7 @@ func (r *segmentReader) Read(p []byte) (int, error) {
 // Map says where the next bytes are in the store's files; see store.Mapped. n is 0
 // when they have to be read.
 func (r *segmentReader) Map() (f *os.File, off, n int64) {
-	r.mapped = r.image.Map(r.at, r.left)
+	r.mapped = r.image.Map(r.ctx, r.at, r.left)
 	return r.mapped.File, r.mapped.Off, r.mapped.N
 }
 

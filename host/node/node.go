@@ -11,6 +11,7 @@
 //	images/<algorithm>/<hex>/           one image; its rename makes it exist
 //	    record.json manifest.json config.json artifact.json index, and what
 //	    binds a published index: parent.json bound.json
+//	    profile-all.json profile-<key>.json, of package profile
 //	refs/<hex>.json                     what a reference meant when it was prepared last
 //	pinned.json                         patterns of references that were pinned
 //	store/                              of package store
@@ -32,8 +33,8 @@
 //
 // # Locks
 //
-//	Node.pinning, before Node.mu
-//	Node.mu, flights.mu, accessCache.mu: leaves; under Node.mu files are renamed and
+//	Node.pinning and Node.profiling, before Node.mu
+//	Node.mu, flights.mu, accessCache.mu, builds.mu: leaves; under Node.mu files are renamed and
 //	removed, nothing is waited for.
 package node
 
@@ -50,6 +51,7 @@ import (
 
 	"github.com/tatami-containers/tatami/host/blobs"
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 	"github.com/tatami-containers/tatami/rootfs/store"
 )
 
@@ -58,7 +60,10 @@ type Config struct {
 	Root string // directory of everything the node keeps; made when missing
 	// Registry is how images are fetched; it stays the caller's.
 	Registry *registry.Client
-	Layers   int // built at a time; 8 when 0
+	// Sched says whose work goes first, where it waits for the CPU or to build layers; it
+	// should be that of Registry. Nil is the order in which it comes.
+	Sched  *sched.Scheduler
+	Layers int // of one registry, built at a time; 8 when 0
 	// Blobs is the room for compressed blobs in bytes, at most an eighth of Quota; with
 	// 0 none are kept.
 	Blobs int64
@@ -72,8 +77,9 @@ type Config struct {
 	Quota     func(disk int64) (int64, error)
 	High, Low int
 	// Pinned are patterns of references whose images' bytes are never given up, see Match.
-	Pinned []string
-	Log    *slog.Logger
+	Pinned   []string
+	Profiles Profiles
+	Log      *slog.Logger
 }
 
 // Node prepares images and reads them.
@@ -88,7 +94,7 @@ type Node struct {
 	// patience is how long a tag that was resolved before is asked for.
 	patience   time.Duration
 	background sync.WaitGroup // what nobody waits for but Close
-	building   chan struct{}  // one element for each layer being built
+	building   *builds
 
 	prepares flights[target, *Prepared]      // by reference
 	indexing flights[digest.Digest, indexed] // by manifest
@@ -102,9 +108,14 @@ type Node struct {
 	jobs     map[string]*job             // prepares by reference; protected by mu
 	fetching map[digest.Digest]*progress // layers under way by manifest; protected by mu
 
-	anyForged  atomic.Bool                 // forged is not empty
-	prefetches map[digest.Digest]*prefetch // under way by manifest; protected by mu
-	forged     map[layerKey]error          // published indexes that are not used any more; protected by mu
+	anyForged atomic.Bool        // forged is not empty
+	forged    map[layerKey]error // published indexes that are not used any more; protected by mu
+
+	replays    map[replayKey]*replay                 // under way; protected by mu
+	replayed   atomic.Int64                          // bytes
+	recordings map[digest.Digest]map[*recording]bool // under way; protected by mu
+	fills      map[digest.Digest]chan struct{}       // under way, closed when they end; protected by mu
+	profiling  sync.Mutex                            // over profiles on the disk, and the removal of their images; before mu
 
 	pinning sync.Mutex // over pinned, and what the store is told of it; before mu
 	pinned  []string   // patterns that Pin was given; protected by pinning
@@ -123,12 +134,19 @@ func Open(cfg Config) (*Node, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Sched == nil {
+		var err error
+		if cfg.Sched, err = sched.New(sched.Config{Off: true}); err != nil {
+			return nil, err
+		}
+	}
 	n := &Node{
 		cfg: cfg, log: cfg.Log, files: files(cfg.Root), patience: 10 * time.Second,
-		building: make(chan struct{}, cfg.Layers),
+		building: newBuilds(cfg.Sched, cfg.Layers),
 		images:   map[digest.Digest]*record{}, leases: map[digest.Digest]int{},
 		pins: map[digest.Digest]int{}, jobs: map[string]*job{},
-		fetching: map[digest.Digest]*progress{}, prefetches: map[digest.Digest]*prefetch{}, forged: map[layerKey]error{},
+		fetching: map[digest.Digest]*progress{}, forged: map[layerKey]error{},
+		replays: map[replayKey]*replay{}, recordings: map[digest.Digest]map[*recording]bool{}, fills: map[digest.Digest]chan struct{}{},
 	}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	if err := n.open(); err != nil {
@@ -150,12 +168,12 @@ func (n *Node) open() error {
 	if err != nil {
 		return err
 	}
-	if n.blobs, err = blobs.Open(blobs.Config{Dir: n.files.blobs(), Size: bounds.blobs, Log: n.log}); err != nil {
+	if n.blobs, err = blobs.Open(blobs.Config{Dir: n.files.blobs(), Size: bounds.blobs, Disk: n.cfg.Sched.Disk(), Log: n.log}); err != nil {
 		return err
 	}
 	if n.store, err = store.Open(store.Config{
 		Dir: n.files.store(), Keep: true, Quota: bounds.quota, High: bounds.high, Low: bounds.low, Hold: true,
-		Stall: sourceStall, Complete: n.audit, Log: n.log,
+		Stall: sourceStall, Complete: n.audit, Sched: n.cfg.Sched, Log: n.log,
 	}); err != nil {
 		return errors.Join(err, n.blobs.Close())
 	}
@@ -194,15 +212,22 @@ func (n *Node) Blobs() *blobs.Cache { return n.blobs }
 type Stats struct {
 	Store         store.Stats
 	RegistryBytes int64 // received since the client was made
+	Registry      registry.Stats
 	Images        int
+	Replays       int   // of start-up profiles, under way
+	ReplayedBytes int64 // that were fetched so, or were there
 }
 
 // Stats returns the node's counters.
 func (n *Node) Stats() Stats {
 	n.mu.Lock()
-	images := len(n.images)
+	images, replays := len(n.images), len(n.replays)
 	n.mu.Unlock()
-	return Stats{Store: n.store.Stats(), RegistryBytes: n.cfg.Registry.Stats().Bytes, Images: images}
+	from := n.cfg.Registry.Stats()
+	return Stats{
+		Store: n.store.Stats(), RegistryBytes: from.Bytes, Registry: from, Images: images,
+		Replays: replays, ReplayedBytes: n.replayed.Load(),
+	}
 }
 
 // known returns the record of a complete image.

@@ -16,6 +16,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/image"
 	"github.com/tatami-containers/tatami/rootfs/layer"
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Prepared is an image that can be read.
@@ -133,8 +134,8 @@ func (n *Node) prepare(ctx context.Context, t target, ref reference.Named, platf
 	if err != nil {
 		return nil, err
 	}
-	if done.from != fromNode {
-		n.startPrefetch(ref, manifest)
+	if fresh := done.from != fromNode; fresh || n.hasProfile(manifest, "") {
+		n.startReplay(&replay{key: replayKey{manifest: manifest}, repo: repo.Repository, look: fresh, flow: flowOf(ctx)})
 	}
 	p.Index, p.Fetched, p.Phases = done.from, done.fetched+repo.bytes, c.phases
 	n.log.Info("image prepared", "reference", t.reference, "manifest", manifest, "index", p.Index,
@@ -144,6 +145,14 @@ func (n *Node) prepare(ctx context.Context, t target, ref reference.Named, platf
 		n.background.Go(debug.FreeOSMemory)
 	}
 	return p, nil
+}
+
+// flowOf is whom the work of a context is for; nil for nobody in particular.
+func flowOf(ctx context.Context) *sched.Flow {
+	if w := sched.From(ctx); w != nil {
+		return w.Standing().Flow
+	}
+	return nil
 }
 
 func (n *Node) prepared(ref reference.Named, manifest digest.Digest) (*Prepared, error) {
@@ -192,7 +201,9 @@ func (n *Node) resolve(ctx context.Context, repo *counting, t target, ref refere
 // finder looks for ways to the layers of img in its repository.
 func (n *Node) finder(repo *registry.Repository, img *image.Image) *formats.Finder {
 	blob := func(d ocispec.Descriptor) layer.Blob { return repo.LayerBlob(d) }
-	return formats.New(repo, blob, img, n.log)
+	f := formats.New(repo, blob, img, n.log)
+	f.CPU = n.cfg.Sched.CPU()
+	return f
 }
 
 // ask resolves a tag that was resolved before. A registry that does not answer
@@ -200,7 +211,7 @@ func (n *Node) finder(repo *registry.Repository, img *image.Image) *formats.Find
 func (n *Node) ask(ctx context.Context, repo *counting, object string) (ocispec.Descriptor, error) {
 	bounded, cancel := context.WithTimeout(ctx, n.patience)
 	defer cancel()
-	desc, err := repo.Resolve(bounded, object)
+	desc, err := repo.Resolve(registry.AtOnce(bounded), object) // a turn may take longer
 	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
 		err = fmt.Errorf("registry %s does not answer within %s: %w", repo.Host(), n.patience, errdefs.ErrUnavailable)
 	}

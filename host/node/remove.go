@@ -21,7 +21,7 @@ func (n *Node) Remove(manifest digest.Digest) error {
 	if err != nil {
 		return fmt.Errorf("remove image %s: %w", manifest, err)
 	}
-	n.stopPrefetch(manifest) // none begins any more
+	n.stopReplays(manifest) // none begins any more
 	var used []layerKey
 	for _, l := range r.Layers {
 		used = append(used, l.key())
@@ -41,6 +41,8 @@ func (n *Node) Remove(manifest digest.Digest) error {
 
 // forget makes an image unknown, here and on disk.
 func (n *Node) forget(manifest digest.Digest) (*record, error) {
+	n.profiling.Lock()
+	defer n.profiling.Unlock()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	r, ok := n.images[manifest]

@@ -40,7 +40,7 @@ func (s *source) Fetch(ctx context.Context, seg *index.Segment, off, n int64) (i
 			return nil, err
 		}
 		return registry.Trailed(ctx, func(ctx context.Context) (io.ReadCloser, error) {
-			return layer.NewReader(access, s.blob).Open(ctx, off, n)
+			return layer.NewReader(access, s.blob).Under(s.n.cfg.Sched.CPU()).Open(ctx, off, n)
 		})
 	}
 	return nil, fmt.Errorf("segment %s belongs to layer %s, which the image does not have: %w", seg.ID, seg.Layer, errdefs.ErrNotFound)

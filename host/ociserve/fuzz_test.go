@@ -1,6 +1,11 @@
 package ociserve
 
-import "testing"
+import (
+	"net/http"
+	"testing"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
+)
 
 func FuzzRange(f *testing.F) {
 	for _, s := range []string{"bytes=0-1", "bytes=-5", "bytes=7-", "bytes=9-1", "bytes=-0", "x"} {
@@ -27,6 +32,17 @@ func FuzzPath(f *testing.F) {
 		name, kind, ref, err := Split(path, Manifests, Blobs, Segments)
 		if err == nil && "/v2/"+name+"/"+kind+"/"+ref != path {
 			t.Fatalf("%q became %q %q %q", path, name, kind, ref)
+		}
+	})
+}
+
+func FuzzPriority(f *testing.F) {
+	for _, s := range []string{"u=5", "i, u=7;x", "u=3,u=4", "u=8", ","} {
+		f.Add(s, "u=6")
+	}
+	f.Fuzz(func(t *testing.T, one, two string) {
+		if r := rankOf(http.Header{"Priority": {one, two}}); r > sched.Background {
+			t.Fatalf("%q, %q: rank %d", one, two, r)
 		}
 	})
 }

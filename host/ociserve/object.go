@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -71,12 +72,15 @@ type Mapped interface {
 const (
 	// minSpan is from how many bytes on it is worth it to send from a file.
 	minSpan = 64 << 10
-	// maxSpan is how many are sent with one deadline.
+	// maxSpan is how many are sent with one deadline when nothing is waited for.
 	maxSpan = 1 << 20
+	// maxTurn is how long a client may take for a piece while others wait for theirs.
+	maxTurn = 20 * time.Millisecond
 )
 
 // sending is one answer under way.
 type sending struct {
+	ctx    context.Context
 	s      *Server
 	w      http.ResponseWriter
 	files  io.ReaderFrom // w, when it takes files; else nil
@@ -89,7 +93,7 @@ type sending struct {
 // stream sends n bytes to the client. The status is sent when the first of
 // them are there, so that a source that is down is still an error answer.
 func (s *Server) stream(ctx context.Context, w http.ResponseWriter, status int, body io.Reader, n int64) error {
-	o := &sending{s: s, w: w, status: status, body: body, left: n}
+	o := &sending{ctx: ctx, s: s, w: w, status: status, body: body, left: n}
 	mapped, ok := body.(Mapped)
 	if ok {
 		o.files, _ = w.(io.ReaderFrom)
@@ -139,6 +143,11 @@ func (o *sending) copy() error {
 	if err != nil {
 		return err
 	}
+	leave, err := o.s.cfg.Queue.Brief(o.ctx, maxTurn)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	if err := o.begin(); err != nil {
 		return err
 	}
@@ -157,6 +166,14 @@ func (o *sending) fromFile(body Mapped) (bool, error) {
 	if n < minSpan {
 		return false, nil
 	}
+	if o.s.cfg.Queue != nil {
+		n = min(n, piece)
+	}
+	leave, err := o.s.cfg.Queue.Brief(o.ctx, maxTurn)
+	if err != nil {
+		return false, err
+	}
+	defer leave()
 	if !o.begun {
 		if err := o.begin(); err != nil {
 			return false, err

@@ -17,6 +17,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Config of a Server.
@@ -30,7 +32,10 @@ type Config struct {
 	Stall time.Duration
 	// Sent counts body bytes, if it is there.
 	Sent *atomic.Int64
-	Log  *slog.Logger
+	// Queue is what each piece of a body waits for before it is sent, as the work of the
+	// request's context; nil lets it pass.
+	Queue *sched.Slots
+	Log   *slog.Logger
 }
 
 // piece is how many bytes are read and written at a time, and the memory that
@@ -54,6 +59,7 @@ const (
 type Server struct {
 	cfg    Config
 	slots  chan struct{} // one element for each request being served
+	later  chan struct{} // one element for each of them that nobody waits for
 	server *http.Server
 	once   sync.Once // of Shutdown
 
@@ -74,7 +80,7 @@ func New(cfg Config) *Server {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{cfg: cfg, slots: make(chan struct{}, cfg.Requests)}
+	s := &Server{cfg: cfg, slots: make(chan struct{}, cfg.Requests), later: make(chan struct{}, max(1, cfg.Requests/2))}
 	s.server = &http.Server{
 		Handler:           s,
 		MaxHeaderBytes:    headerBytes,
@@ -112,14 +118,22 @@ func (s *Server) shutdown(ctx context.Context) {
 	}
 }
 
-// ServeHTTP answers one request, when one of the slots is free.
+// ServeHTTP answers one request, when one of the slots is free. Requests that the
+// client does not wait for (rankOf) take half of them at most. How urgent it is, Answer
+// finds in the request's context (sched.RankOf).
 func (s *Server) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
-	case <-req.Context().Done():
+	ctx := req.Context()
+	if rank := rankOf(req.Header); rank != sched.Demand {
+		if take(ctx, s.later) != nil {
+			return
+		}
+		defer func() { <-s.later }()
+		req = req.WithContext(sched.WithRank(ctx, rank))
+	}
+	if take(ctx, s.slots) != nil {
 		return
 	}
+	defer func() { <-s.slots }()
 	// Also bounds the small answers, which are written when the handler ends.
 	if err := s.deadline(w); err != nil {
 		panic(http.ErrAbortHandler)
@@ -127,6 +141,16 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
 	if err := s.cfg.Answer(w, req); err != nil {
 		s.refuse(w, req, err)
+	}
+}
+
+// take takes one of the slots when it is free, unless ctx ends.
+func take(ctx context.Context, slots chan<- struct{}) error {
+	select {
+	case slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 

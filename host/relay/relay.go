@@ -11,6 +11,11 @@
 // As with containerd's mirrors, ?ns=<domain> tells repositories of the same
 // name at several registries apart.
 //
+// How urgent a request is, the guest says with a Priority header (RFC 9218): with
+// u=4 and 5 it is for what will be needed soon, with 6 and 7 for what nobody has asked
+// for. That can only put it behind other requests of the same sandbox; for whom the
+// sandbox is, and what it may take of the node, is known to the host alone (Grant.Flow).
+//
 // The guest is assumed hostile: it reads what was granted and nothing else, and
 // what it can hold of the node is bounded (package ociserve).
 package relay
@@ -26,6 +31,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/host/ociserve"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Image is what the relay serves of one image. A kind is the path element that
@@ -47,6 +53,7 @@ type Grant struct {
 	Tag        string // may be empty
 	Manifest   digest.Digest
 	Image      Image
+	Flow       *sched.Flow // for whom it is read
 }
 
 // Config of a Relay.
@@ -59,7 +66,9 @@ type Config struct {
 	Stall time.Duration
 	// Sent counts body bytes, if it is there.
 	Sent *atomic.Int64
-	Log  *slog.Logger
+	// Queue is what is waited for before bytes are sent; nil lets them pass.
+	Queue *sched.Slots
+	Log   *slog.Logger
 }
 
 // Relay serves one sandbox.
@@ -72,7 +81,7 @@ type Relay struct {
 func New(cfg Config) *Relay {
 	r := &Relay{grants: cfg.Grants}
 	r.Server = ociserve.New(ociserve.Config{
-		Answer: r.answer, Requests: cfg.Requests, Stall: cfg.Stall, Sent: cfg.Sent, Log: cfg.Log,
+		Answer: r.answer, Requests: cfg.Requests, Stall: cfg.Stall, Sent: cfg.Sent, Queue: cfg.Queue, Log: cfg.Log,
 	})
 	return r
 }

@@ -34,6 +34,8 @@ type stock struct {
 	waiting atomic.Int64  // in Open
 	peak    atomic.Int64  // of waiting
 	hold    chan struct{} // when set, Open waits for it
+
+	asked chan context.Context // when set, gets those of Open
 }
 
 func (s *stock) put(kind string, data []byte) digest.Digest {
@@ -49,6 +51,9 @@ func (s *stock) Find(kind string, d digest.Digest) (ocispec.Descriptor, bool) {
 
 func (s *stock) Open(ctx context.Context, kind string, d digest.Digest, off, n int64) (io.ReadCloser, error) {
 	s.opened.Add(1)
+	if s.asked != nil {
+		s.asked <- ctx
+	}
 	if s.hold != nil {
 		now := s.waiting.Add(1)
 		defer s.waiting.Add(-1)

@@ -11,6 +11,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tatami-containers/tatami/host/ociserve"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // notGranted is why an object is missing.
@@ -58,12 +59,18 @@ func (r *Relay) object(w http.ResponseWriter, req *http.Request, grants []Grant,
 	}
 	for _, g := range grants {
 		if desc, ok := g.Image.Find(kind, d); ok {
-			return r.Object(w, req, kind, desc, func(ctx context.Context, off, n int64) (io.ReadCloser, error) {
+			return r.Object(w, req.WithContext(g.work(req.Context())), kind, desc, func(ctx context.Context, off, n int64) (io.ReadCloser, error) {
 				return g.Image.Open(ctx, kind, d, off, n)
 			})
 		}
 	}
 	return ociserve.Missing(kind, ref, notGranted)
+}
+
+// work returns a context of the work for one request, which is for whom the image was
+// granted.
+func (g *Grant) work(ctx context.Context) context.Context {
+	return sched.With(ctx, sched.NewWork(sched.Standing{Flow: g.Flow, Rank: sched.RankOf(ctx)}))
 }
 
 // resolve returns the digest that ref is, or that it is the tag of.

@@ -2,7 +2,6 @@ package service
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -28,7 +27,11 @@ var _ api.NodeService = control{}
 
 // Prepare implements the Node service.
 func (c control) Prepare(ctx context.Context, req *api.PrepareRequest) (*api.PrepareResponse, error) {
-	p, err := c.s.cfg.Node.Prepare(ctx, req.Reference, req.Platform)
+	class, err := c.s.said(req.Class)
+	if err != nil {
+		return nil, fmt.Errorf("prepare %.128q: %w", req.Reference, err)
+	}
+	p, err := c.s.cfg.Node.Prepare(c.s.pulling(ctx, req.Reference, class), req.Reference, req.Platform)
 	if err != nil {
 		return nil, err
 	}
@@ -81,10 +84,15 @@ func (c control) Detach(ctx context.Context, req *api.DetachRequest) (*api.Detac
 
 // AddContainer implements the Node service.
 func (c control) AddContainer(ctx context.Context, req *api.AddContainerRequest) (*api.AddContainerResponse, error) {
-	added, err := newContainer(req.ContainerId, req.Reference, cmp.Or(req.Class, c.s.cfg.Class))
+	class, err := c.s.said(req.Class)
 	if err != nil {
 		return nil, err
 	}
+	added, err := newContainer(req.ContainerId, req.Reference, class)
+	if err != nil {
+		return nil, err
+	}
+	added.args = req.Args
 	manifest, err := c.s.addContainer(ctx, req.Sandbox, added, req.Platform)
 	if err != nil {
 		return nil, fmt.Errorf("add container %s to sandbox %s: %w", req.ContainerId, req.Sandbox, err)
@@ -99,6 +107,7 @@ func (c control) NodeStats(context.Context, *api.NodeStatsRequest) (*api.NodeSta
 		Store:         storeStats(stats.Store),
 		RegistryBytes: stats.RegistryBytes, RelayBytes: c.s.sent.Load(),
 		Images: int64(stats.Images), Sandboxes: int64(c.s.attached()),
+		Replays: int64(stats.Replays), ReplayedBytes: stats.ReplayedBytes,
 	}, nil
 }
 

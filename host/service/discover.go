@@ -20,6 +20,8 @@ type Discovery struct {
 	// Containers says what containers run; what their bundles say counts alone
 	// when nil.
 	Containers Containers
+	// Pods says what pods they are of; nil like Containers.
+	Pods Pods
 }
 
 // How often it is looked for containers that are gone, and how long sandboxes

@@ -62,17 +62,14 @@ func (b *lockedBuffer) String() string {
 }
 
 // images answers as a snapshotter does.
-type images map[string]struct {
-	ref      string
-	manifest digest.Digest
-}
+type images map[string]Image
 
-func (i images) Lookup(_ context.Context, id string) (string, digest.Digest, error) {
+func (i images) Lookup(_ context.Context, id string) (Image, error) {
 	c, ok := i[id]
 	if !ok {
-		return "", "", fmt.Errorf("snapshot of %s: %w", id, errdefs.ErrNotFound)
+		return Image{}, fmt.Errorf("snapshot of %s: %w", id, errdefs.ErrNotFound)
 	}
-	return c.ref, c.manifest, nil
+	return c, nil
 }
 
 func newHost(t *testing.T, known Containers) *host {
@@ -88,7 +85,7 @@ func (h *host) start(t *testing.T, known Containers) {
 	t.Helper()
 	h.log = new(lockedBuffer)
 	s := New(Config{
-		Node: h.cfg.Node, Class: "online", Notes: filepath.Join(h.dir, "notes.json"), Restore: true,
+		Node: h.cfg.Node, Notes: filepath.Join(h.dir, "notes.json"), Restore: true,
 		Discovery: &Discovery{RunDirs: []string{h.runDir}, HostPort: 2110, RelayPort: 2111, ContainerdState: h.state, Containers: known},
 		Log:       slog.New(slog.NewTextHandler(h.log, nil)),
 	})
@@ -359,10 +356,7 @@ func TestDescribePinned(t *testing.T) {
 	h := newHost(t, known)
 	first := h.push("app:v1", map[string]string{"a": "x"})
 	second := h.push("app:v1", map[string]string{"a": "y"})
-	known["pinned"] = struct {
-		ref      string
-		manifest digest.Digest
-	}{h.ref("app:v1"), first.Desc.Digest}
+	known["pinned"] = Image{Reference: h.ref("app:v1"), Manifest: first.Desc.Digest}
 	known["again"] = known["pinned"]
 	v, _ := h.vmm(t, "one")
 	for id, want := range map[string]registrytest.Pushed{"pinned": first, "moved": second} {
@@ -643,7 +637,7 @@ func TestNotes(t *testing.T) {
 func TestImageOfSnapshot(t *testing.T) {
 	const ref = "registry.example/app:v1"
 	manifest := digest.FromString("app")
-	known := images{"c": {ref, manifest}}
+	known := images{"c": {Reference: ref, Manifest: manifest}}
 	s := New(Config{Discovery: &Discovery{Containers: known}})
 	for word, want := range map[string]string{
 		"":                          ref,
@@ -653,9 +647,9 @@ func TestImageOfSnapshot(t *testing.T) {
 		"registry.example/other:v1": "registry.example/other:v1",
 		"docker.io/library/app:v1":  "docker.io/library/app:v1",
 	} {
-		got, pinned, err := s.imageOf(t.Context(), kata.Container{ID: "c", Image: word})
-		if err != nil || got != want || (pinned == manifest) != (want == ref) {
-			t.Errorf("%q: %s %s %v, want %s", word, got, pinned, err, want)
+		got, err := s.imageOf(t.Context(), kata.Container{ID: "c", Image: word})
+		if err != nil || got.Reference != want || (got.Manifest == manifest) != (want == ref) {
+			t.Errorf("%q: %+v, %v, want %s", word, got, err, want)
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/tatami-containers/tatami/host/export"
 	"github.com/tatami-containers/tatami/protocols/sharedimages"
 	"github.com/tatami-containers/tatami/protocols/vsock"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // openImage opens an image for the virtio-fs device of a sandbox. It may be read
@@ -22,6 +23,7 @@ import (
 func (s *Service) openImage(id string, manifest digest.Digest) (export.Image, error) {
 	if box, err := s.find(id); err == nil {
 		if h := box.hold(manifest); h != nil {
+			h.Record(nil, true) // what is on the node already, the device reads unseen
 			return newExported(h), nil
 		}
 	}
@@ -91,6 +93,9 @@ func (e *exported) Share(k int) (state, data *os.File, off int64, err error) {
 func (e *exported) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	return e.h.ReadAt(ctx, p, off)
 }
+
+// Flow implements export.Image.
+func (e *exported) Flow() *sched.Flow { return e.h.Flow() }
 
 // Close implements export.Image.
 func (e *exported) Close() { e.once.Do(e.h.end) }

@@ -24,9 +24,15 @@ const (
 
 // Containers knows which image a container runs.
 type Containers interface {
-	// Lookup returns the reference and, if it is pinned, the manifest of the
-	// image of a container; ErrNotFound when it is not known.
-	Lookup(ctx context.Context, container string) (ref string, manifest digest.Digest, err error)
+	// Lookup returns the image of a container; ErrNotFound when it is not known.
+	Lookup(ctx context.Context, container string) (Image, error)
+}
+
+// Image is what a container runs.
+type Image struct {
+	Reference   string
+	Manifest    digest.Digest // "" when the reference is not pinned
+	Snapshotter string        // that has it; "" for none of the node's own
 }
 
 // lookup is one container being looked up, for all who ask for it.
@@ -110,15 +116,15 @@ func (b *sandbox) learn(c kata.Container) error {
 	if _, ok := b.container(c.ID); ok {
 		return nil // since the question
 	}
-	ref, manifest, err := b.s.imageOf(b.ctx, c)
+	img, err := b.s.imageOf(b.ctx, c)
 	if err == nil {
-		err = b.addFound(c, ref, manifest)
+		err = b.addFound(c, img)
 	}
 	if err == nil {
 		return nil
 	}
 	b.quiet.do(func() {
-		b.s.log.Warn("a container cannot be described", "sandbox", b.id, "container", c.ID, "reference", ref, "error", err)
+		b.s.log.Warn("a container cannot be described", "sandbox", b.id, "container", c.ID, "reference", img.Reference, "error", err)
 	})
 	return fmt.Errorf("container %s: its image cannot be prepared, the log of tatami-host on the node says why: %w", c.ID, errdefs.Resolve(err))
 }
@@ -126,17 +132,17 @@ func (b *sandbox) learn(c kata.Container) error {
 // imageOf is what a container runs: as its snapshot says, else as the pod does.
 // containerd does not ask a snapshotter for layers that it has from another
 // image, so a snapshot may name that one; then the pod's word counts, too.
-func (s *Service) imageOf(ctx context.Context, c kata.Container) (ref string, manifest digest.Digest, err error) {
+func (s *Service) imageOf(ctx context.Context, c kata.Container) (img Image, err error) {
 	if known := s.cfg.Discovery.Containers; known != nil {
-		ref, manifest, err = known.Lookup(ctx, c.ID)
-		if err == nil && sameRepository(ref, c.Image) || err != nil && !errdefs.IsNotFound(err) {
-			return ref, manifest, err
+		img, err = known.Lookup(ctx, c.ID)
+		if err == nil && sameRepository(img.Reference, c.Image) || err != nil && !errdefs.IsNotFound(err) {
+			return img, err
 		}
 	}
 	if _, err := digest.Parse(c.Image); err == nil || c.Image == "" {
-		return "", "", fmt.Errorf("container %s: its bundle names no image (%.128q), and no snapshot is known: %w", c.ID, c.Image, errdefs.ErrNotFound)
+		return Image{}, fmt.Errorf("container %s: its bundle names no image (%.128q), and no snapshot is known: %w", c.ID, c.Image, errdefs.ErrNotFound)
 	}
-	return c.Image, "", nil
+	return Image{Reference: c.Image, Snapshotter: img.Snapshotter}, nil
 }
 
 // sameRepository says whether the pod's word for its image can stand for ref. A
@@ -150,16 +156,17 @@ func sameRepository(ref, word string) bool {
 	return aerr == nil && berr == nil && a.Name() == b.Name()
 }
 
-func (b *sandbox) addFound(found kata.Container, ref string, manifest digest.Digest) error {
-	c, err := newContainer(found.ID, ref, b.s.cfg.Class)
+func (b *sandbox) addFound(found kata.Container, img Image) error {
+	c, err := newContainer(found.ID, img.Reference, b.s.classOf(b.ctx, found, img.Snapshotter))
 	if err != nil {
 		return err
 	}
-	lease, err := b.s.leasePinned(b.ctx, ref, manifest)
+	lease, err := b.s.leasePinned(b.working(b.ctx, c.class), img.Reference, img.Manifest)
 	if err != nil {
 		return err
 	}
-	c.found = &found
+	found.Pod = nil // of no more use
+	c.found, c.args = &found, found.Args()
 	return b.adopt(c, lease)
 }
 
@@ -195,7 +202,7 @@ func (s *Service) leasePinned(ctx context.Context, ref string, manifest digest.D
 // restore adds a container that the process before this one knew.
 // Precondition: the sandbox is not served yet.
 func (b *sandbox) restore(n containerNote) error {
-	c, err := newContainer(n.ID, n.Reference, n.Class)
+	c, err := newContainer(n.ID, n.Reference, b.s.noted(n))
 	if err != nil {
 		return err
 	}
@@ -204,7 +211,8 @@ func (b *sandbox) restore(n containerNote) error {
 		if err != nil {
 			return err
 		}
-		c.found = &owned
+		owned.Pod = nil // of no more use
+		c.found, c.args = &owned, owned.Args()
 	}
 	lease, err := b.s.cfg.Node.LeaseManifest(b.ctx, n.Reference, n.Manifest)
 	if err != nil {

@@ -51,6 +51,7 @@ type containerNote struct {
 	ID        string        `json:"id"`
 	Reference string        `json:"reference"`
 	Class     string        `json:"class"`
+	Reason    string        `json:"reason,omitempty"` // why it is of that class
 	Manifest  digest.Digest `json:"manifest"`
 	Found     bool          `json:"found,omitempty"` // not added by hand
 }

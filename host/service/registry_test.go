@@ -48,7 +48,7 @@ func TestRegistrySettings(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer sources.Close()
-	client := newClient(settings, sources, log)
+	client := newClient(settings, sources, nil, log)
 	defer client.Close()
 	name, err := reference.ParseNormalizedNamed(origin.Host() + "/library/x")
 	if err != nil {

@@ -17,12 +17,14 @@ import (
 	"github.com/tatami-containers/tatami/host/config"
 	"github.com/tatami-containers/tatami/host/mirror"
 	"github.com/tatami-containers/tatami/host/node"
+	"github.com/tatami-containers/tatami/host/pods"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
 	"github.com/tatami-containers/tatami/protocols/vsock"
 	"github.com/tatami-containers/tatami/rootfs/registry"
 	"github.com/tatami-containers/tatami/rootfs/registry/credentials"
 	"github.com/tatami-containers/tatami/rootfs/registry/credentials/kube"
 	"github.com/tatami-containers/tatami/rootfs/registry/hosts"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // How long calls and answers under way may take when the program ends.
@@ -51,7 +53,7 @@ type Beside struct {
 	// Images is the socket of virtio-fs devices, if it is open already.
 	Images *net.UnixListener
 	// Open starts it; nil when there is nothing.
-	Open func(ctx context.Context, n *node.Node) (Local, error)
+	Open func(ctx context.Context, n *node.Node, c Classes) (Local, error)
 	// Credentials are sources that come before those of the settings.
 	Credentials []credentials.Source
 	// Ready is called when everything serves; may be nil.
@@ -89,27 +91,41 @@ func Run(ctx context.Context, cfg config.Config, beside Beside, log *slog.Logger
 		return err
 	}
 	defer func() { err = errors.Join(err, sources.Close()) }()
-	client := newClient(cfg, slices.Concat(beside.Credentials, sources), log)
+	rules, err := cfg.Rules()
+	if err != nil {
+		return err
+	}
+	schedule := cfg.Scheduling()
+	turns, err := sched.New(schedule)
+	if err != nil {
+		return err
+	}
+	client := newClient(cfg, slices.Concat(beside.Credentials, sources), turns, log)
 	defer func() { err = errors.Join(err, client.Close()) }()
-	n, err := node.Open(node.Config{
-		Root: cfg.Root, Registry: client, Layers: cfg.Registry.Layers,
-		Blobs: int64(cfg.Mirror.Blobs), Mirrored: cfg.Mirror.Address != "",
-		Quota: cfg.Store.Bytes, High: cfg.Store.High, Low: cfg.Store.Low, Pinned: cfg.Store.Pinned, Log: log,
-	})
+	n, err := openNode(cfg, client, turns, log)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.Close()) }()
-	defer startMirror(ctx, cfg, n, log)()
+	defer startMirror(ctx, cfg, n, turns, log)()
 	conf := Config{
-		Node: n, Class: cfg.Class, Requests: cfg.Relay.Requests, Stall: time.Duration(cfg.Relay.Stall),
+		Node: n, Rules: rules, Sched: turns, Schedule: schedule, Requests: cfg.Relay.Requests, Stall: time.Duration(cfg.Relay.Stall),
 		Notes: filepath.Join(cfg.Root, "sandboxes.json"), Restore: !cfg.IdleExit,
 		Discovery: DiscoveryOf(cfg.Kata), Log: log,
+		Profile: Profile{Record: time.Duration(cfg.Profile.Record), Budget: int64(cfg.Profile.Budget)},
+	}
+	known, err := pods.New(cfg.Kata.ContainerdSocket(), log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, known.Close()) }()
+	if conf.Discovery != nil {
+		conf.Discovery.Pods = known
 	}
 	if beside.Open == nil {
 		return runService(ctx, conf, cfg, front, beside)
 	}
-	if conf.Local, err = beside.Open(ctx, n); err != nil {
+	if conf.Local, err = beside.Open(ctx, n, Classes{Rules: rules, Sched: turns, Pods: known}); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, conf.Local.Close()) }()
@@ -120,6 +136,15 @@ func Run(ctx context.Context, cfg config.Config, beside Beside, log *slog.Logger
 	g.Go(func() error { return conf.Local.Serve(ctx) })
 	g.Go(func() error { return runService(ctx, conf, cfg, front, beside) })
 	return g.Wait()
+}
+
+func openNode(cfg config.Config, client *registry.Client, turns *sched.Scheduler, log *slog.Logger) (*node.Node, error) {
+	return node.Open(node.Config{
+		Root: cfg.Root, Registry: client, Layers: cfg.Registry.Layers, Sched: turns,
+		Blobs: int64(cfg.Mirror.Blobs), Mirrored: cfg.Mirror.Address != "",
+		Quota: cfg.Store.Bytes, High: cfg.Store.High, Low: cfg.Store.Low, Pinned: cfg.Store.Pinned,
+		Profiles: node.Profiles{Record: time.Duration(cfg.Profile.Record), Push: cfg.Profile.Push}, Log: log,
+	})
 }
 
 // runService serves sandboxes and the control socket.
@@ -134,6 +159,7 @@ func runService(ctx context.Context, conf Config, cfg config.Config, front *fron
 	if cfg.Kata.Discover {
 		defer s.runDiscovery(ctx)()
 	}
+	defer s.startMetrics(ctx, cfg.Metrics.Address)()
 	return s.control(ctx, cfg, front, beside)
 }
 
@@ -175,8 +201,8 @@ func openSources(r config.Registry, log *slog.Logger) (kube.Sources, error) {
 }
 
 // newClient returns the client of registries and their mirrors.
-func newClient(c config.Config, sources []credentials.Source, log *slog.Logger) *registry.Client {
-	cfg := anonymous(c, log)
+func newClient(c config.Config, sources []credentials.Source, turns *sched.Scheduler, log *slog.Logger) *registry.Client {
+	cfg := anonymous(c, turns, log)
 	if len(sources) > 0 { // without any, the client says so
 		cfg.Credentials = credentials.Chain(log, sources...)
 	}
@@ -184,11 +210,11 @@ func newClient(c config.Config, sources []credentials.Source, log *slog.Logger) 
 }
 
 // anonymous is how registries are reached, without credentials.
-func anonymous(c config.Config, log *slog.Logger) registry.Config {
+func anonymous(c config.Config, turns *sched.Scheduler, log *slog.Logger) registry.Config {
 	plain := registry.PlainHTTPHosts(c.Registry.PlainHTTP)
 	cfg := registry.Config{
 		PlainHTTP: plain, UserAgent: "tatami-host", Log: log, Stall: registryStall,
-		Chunk: rangeBytes, InFlight: c.Registry.Ranges,
+		Chunk: rangeBytes, InFlight: c.Registry.Ranges, Sched: turns,
 	}
 	if roots := filepath.SplitList(c.Registry.ConfigPath); len(roots) > 0 {
 		cfg.Hosts = mirror.Others(c.Mirror.Address, hosts.New(roots, hosts.Options{PlainHTTP: plain, Log: log}).Hosts)
@@ -209,10 +235,12 @@ func (s *Service) control(ctx context.Context, cfg config.Config, f *front, besi
 	ended := make(chan error, 1)
 	go func() { ended <- f.server.Serve(context.WithoutCancel(ctx), t) }()
 	s.log.Info("tatami-host serves", "root", cfg.Root, "socket", cfg.Socket, "pid", os.Getpid())
+	s.running.Store(true)
 	if beside.Ready != nil {
 		beside.Ready()
 	}
 	s.wait(ctx, cfg.IdleExit, t, ended)
+	s.running.Store(false)
 	_ = l.Close() // has no error but that it is closed
 	err = <-ended
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), callGrace)

@@ -17,6 +17,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"golang.org/x/net/netutil"
 
+	"github.com/tatami-containers/tatami/host/class"
 	"github.com/tatami-containers/tatami/host/kata"
 	"github.com/tatami-containers/tatami/host/relay"
 	api "github.com/tatami-containers/tatami/protocols/imageservice/v1"
@@ -37,10 +38,12 @@ const trust = "host"
 type container struct {
 	id        string
 	reference string // as given to the node
-	class     string
+	class     class.Choice
 	named     reference.Named // reference, normalised
 	lease     *held
 	found     *kata.Container // not added by hand; immutable
+	args      []string        // of its command; none when they are not known
+	start     *start
 }
 
 // sandbox is one virtual machine and what it may ask for.
@@ -79,7 +82,7 @@ func newSandbox(s *Service, id string, at place) (*sandbox, error) {
 	api.RegisterHostService(box.host, box)
 	box.relay = relay.New(relay.Config{
 		Grants: box.granted, Requests: s.cfg.Requests, Stall: s.cfg.Stall,
-		Sent: &s.sent, Log: s.log.With("sandbox", id),
+		Sent: &s.sent, Queue: s.cfg.Sched.Relay(), Log: s.log.With("sandbox", id),
 	})
 	return box, nil
 }
@@ -160,7 +163,7 @@ func (b *sandbox) add(c container) error {
 	}
 	old, ok := b.containers[c.id]
 	switch {
-	case ok && old.reference == c.reference && old.class == c.class && old.lease.Manifest() == c.lease.Manifest():
+	case ok && old.reference == c.reference && old.class.Class == c.class.Class && old.lease.Manifest() == c.lease.Manifest():
 		c.lease.Close() // said twice; the first lease stays
 		return nil
 	case ok:
@@ -207,7 +210,7 @@ func (b *sandbox) regrant() {
 func (c container) grant() relay.Grant {
 	g := relay.Grant{
 		Domain: reference.Domain(c.named), Repository: reference.Path(c.named),
-		Manifest: c.lease.Manifest(), Image: c.lease,
+		Manifest: c.lease.Manifest(), Image: c.lease, Flow: c.lease.Flow(),
 	}
 	if tagged, ok := c.named.(reference.Tagged); ok {
 		g.Tag = tagged.Tag()
@@ -216,7 +219,7 @@ func (c container) grant() relay.Grant {
 }
 
 func (c container) note() containerNote {
-	return containerNote{ID: c.id, Reference: c.reference, Class: c.class, Manifest: c.lease.Manifest(), Found: c.found != nil}
+	return containerNote{ID: c.id, Reference: c.reference, Class: c.class.Class, Reason: c.class.Reason, Manifest: c.lease.Manifest(), Found: c.found != nil}
 }
 
 // writeDown notes the sandbox for the next process.
@@ -242,10 +245,12 @@ func (b *sandbox) Describe(ctx context.Context, req *api.DescribeRequest) (*api.
 	if !ok {
 		return nil, unknownContainer(req.ContainerId)
 	}
-	return &api.DescribeResponse{
+	out := &api.DescribeResponse{
 		Reference: c.reference, Repository: reference.Path(c.named),
-		ManifestDigest: c.lease.Manifest().String(), Class: c.class, Trust: trust,
-	}, nil
+		ManifestDigest: c.lease.Manifest().String(), Class: c.class.Class, Trust: trust,
+	}
+	b.describeStart(c, out)
+	return out, nil
 }
 
 // unknownContainer is what a guest is told of containers that do not exist and
@@ -263,13 +268,10 @@ func (b *sandbox) container(id string) (container, bool) {
 }
 
 // newContainer checks what the node was told of a container.
-func newContainer(id, ref, class string) (container, error) {
+func newContainer(id, ref string, class class.Choice) (container, error) {
 	if id == "" || len(id) > maxSandbox {
 		return container{}, fmt.Errorf("give a container id of 1 to %d bytes: %w", maxSandbox, errdefs.ErrInvalidArgument)
 	}
-	if class != "online" && class != "batch" {
-		return container{}, fmt.Errorf("class %q: give online or batch: %w", class, errdefs.ErrInvalidArgument)
-	}
 	named, err := image.ParseReference(ref)
-	return container{id: id, reference: ref, class: class, named: named}, err
+	return container{id: id, reference: ref, class: class, named: named, start: newStart()}, err
 }

@@ -9,7 +9,6 @@
 package service
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -23,18 +22,22 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/tatami-containers/tatami/host/class"
 	"github.com/tatami-containers/tatami/host/export"
 	"github.com/tatami-containers/tatami/host/kata"
 	"github.com/tatami-containers/tatami/host/node"
 	"github.com/tatami-containers/tatami/protocols/vsock"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Config of a Service.
 type Config struct {
 	Node     *node.Node
-	Class    string        // of containers that do not say
-	Requests int           // of one sandbox served at a time
-	Stall    time.Duration // how long a sandbox may take nothing of an answer
+	Rules    *class.Rules     // choose classes; those of a node without settings when nil
+	Sched    *sched.Scheduler // whose turn it is; everybody's when nil
+	Schedule sched.Config     // what Sched was made of
+	Requests int              // of one sandbox served at a time
+	Stall    time.Duration    // how long a sandbox may take nothing of an answer
 	// Notes is the file in which sandboxes and their containers are noted; none
 	// when empty. What a killed process has left of them is removed.
 	Notes string
@@ -46,6 +49,8 @@ type Config struct {
 	Log       *slog.Logger
 	// Local is what else uses the node; nil when nothing does.
 	Local Local
+	// Profile is of start-up profiles.
+	Profile Profile
 }
 
 // maxSandbox bounds an id in bytes.
@@ -53,11 +58,12 @@ const maxSandbox = 256
 
 // Service holds the attached sandboxes.
 type Service struct {
-	cfg   Config
-	log   *slog.Logger
-	ports *ports
-	notes *notes
-	sent  atomic.Int64 // body bytes of all relays
+	cfg     Config
+	log     *slog.Logger
+	ports   *ports
+	notes   *notes
+	sent    atomic.Int64 // body bytes of all relays
+	running atomic.Bool  // the control socket is served
 
 	exports *export.Server // of virtio-fs devices
 	serving sync.WaitGroup // exports
@@ -79,11 +85,15 @@ func New(cfg Config) *Service {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Rules == nil {
+		cfg.Rules = standardRules()
+	}
 	s := &Service{cfg: cfg, log: cfg.Log, sandboxes: map[string]*sandbox{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.ports = newPorts(vsock.Listen, vsock.PeerCID)
 	s.exports = export.New(export.Config{
-		Open: s.openImage, Left: s.left, Requests: cfg.Requests, Stall: cfg.Stall, Log: cfg.Log,
+		Open: s.openImage, Left: s.left, Requests: cfg.Requests, Stall: cfg.Stall,
+		Queue: cfg.Sched.Relay(), Log: cfg.Log,
 	})
 	s.notes = openNotes(cfg.Notes, cfg.Log)
 	s.removeLeftovers()
@@ -259,7 +269,7 @@ func (s *Service) addContainer(ctx context.Context, id string, c container, plat
 	if err != nil {
 		return "", err
 	}
-	lease, err := s.lease(ctx, c.reference, platform)
+	lease, err := s.lease(box.working(ctx, c.class), c.reference, platform)
 	if err != nil {
 		return "", err
 	}
@@ -268,13 +278,17 @@ func (s *Service) addContainer(ctx context.Context, id string, c container, plat
 
 // adopt adds a container with its lease, which it takes over.
 func (b *sandbox) adopt(c container, lease *node.Lease) error {
-	lease.SetBatch(cmp.Or(c.class, b.s.cfg.Class) == "batch")
+	lease.SetFlow(b.flow(c.class))
+	lease.Replay(c.args)
 	c.lease = &held{Lease: lease}
 	if err := b.add(c); err != nil {
 		lease.Close()
 		return err
 	}
-	b.s.log.Info("container added", "sandbox", b.id, "container", c.id, "reference", c.reference, "manifest", lease.Manifest(), "class", c.class)
+	if lease.Flow().Class().Fill {
+		lease.FillAfterStart()
+	}
+	b.s.log.Info("container added", "sandbox", b.id, "container", c.id, "reference", c.reference, "manifest", lease.Manifest(), "class", c.class.Class, "because", c.class.Reason)
 	return nil
 }
 

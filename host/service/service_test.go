@@ -26,6 +26,7 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/image"
 	"github.com/tatami-containers/tatami/rootfs/index"
 	"github.com/tatami-containers/tatami/rootfs/registry"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 	"github.com/tatami-containers/tatami/tests/registrytest"
 )
 
@@ -39,13 +40,19 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
+	return newScheduled(t, nil)
+}
+
+// newScheduled is a rig in which work waits for its turn.
+func newScheduled(t *testing.T, turns *sched.Scheduler) *rig {
+	t.Helper()
 	g := &rig{reg: registrytest.Start(t, registrytest.Options{}), dir: t.TempDir()}
-	client := registry.New(registry.Config{RetryMax: -1, Stall: 2 * time.Second})
-	n, err := node.Open(node.Config{Root: filepath.Join(g.dir, "root"), Registry: client})
+	client := registry.New(registry.Config{RetryMax: -1, Stall: 2 * time.Second, Sched: turns})
+	n, err := node.Open(node.Config{Root: filepath.Join(g.dir, "root"), Registry: client, Sched: turns})
 	if err != nil {
 		t.Fatal(err)
 	}
-	g.Service = New(Config{Node: n, Class: "online", Notes: filepath.Join(g.dir, "sandboxes.json")})
+	g.Service = New(Config{Node: n, Sched: turns, Notes: filepath.Join(g.dir, "sandboxes.json")})
 	g.control = control{g.Service}
 	t.Cleanup(func() {
 		g.Service.close(t.Context()) // which has ended

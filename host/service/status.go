@@ -1,7 +1,6 @@
 package service
 
 import (
-	"cmp"
 	"context"
 	"maps"
 	"slices"
@@ -12,7 +11,7 @@ import (
 
 // Status implements the Node service.
 func (c control) Status(ctx context.Context, _ *api.StatusRequest) (*api.StatusResponse, error) {
-	out := &api.StatusResponse{Sandboxes: c.s.status(), Store: storeStatus(c.s.cfg.Node)}
+	out := &api.StatusResponse{Sandboxes: c.s.status(), Store: storeStatus(c.s.cfg.Node), Schedule: c.s.schedule()}
 	if c.s.cfg.Local == nil {
 		return out, nil
 	}
@@ -50,7 +49,7 @@ func (b *sandbox) status() *api.SandboxStatus {
 	for _, id := range slices.Sorted(maps.Keys(b.containers)) {
 		c := b.containers[id]
 		out.Containers = append(out.Containers, &api.ContainerStatus{
-			Id: id, Reference: c.reference, ManifestDigest: c.lease.Manifest().String(), Class: cmp.Or(c.class, b.s.cfg.Class),
+			Id: id, Reference: c.reference, ManifestDigest: c.lease.Manifest().String(), Class: c.class.Class, ClassReason: c.class.Reason,
 		})
 	}
 	return out

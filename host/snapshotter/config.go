@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"path/filepath"
@@ -72,7 +73,10 @@ type Config struct {
 	// Owners counts the images of all snapshotters of Images; one of its own
 	// when nil.
 	Owners *Owners
-	Log    *slog.Logger
+	// Pulling is the context in which an image is prepared that is being pulled; that
+	// of the call when nil.
+	Pulling func(ctx context.Context, ref string) context.Context
+	Log     *slog.Logger
 
 	// Of tests.
 	step     func(name string) // called between the steps of a change

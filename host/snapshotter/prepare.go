@@ -84,13 +84,13 @@ func (s *Snapshotter) request(kind snapshots.Kind, key, parent string, opts []sn
 // (UnpackKeyFormat). Its label is no sign: CRI copies that from the annotations
 // of a pod too, and what is unpacked here is not in the mode that was set.
 func isUnpack(key string) bool {
-	prefix, chain, _ := strings.Cut(containerName(key), " ")
+	prefix, chain, _ := strings.Cut(ContainerOf(key), " ")
 	return strings.HasPrefix(prefix, snapshots.UnpackKeyPrefix+"-") && digest.Digest(chain).Validate() == nil
 }
 
-// containerName returns the name in a key "<namespace>/<number>/<name>", which
+// ContainerOf returns the name in a key "<namespace>/<number>/<name>", which
 // is how containerd's metadata store calls a proxy plugin, or else the key.
-func containerName(key string) string {
+func ContainerOf(key string) string {
 	if parts := strings.SplitN(key, "/", 3); len(parts) == 3 {
 		return parts[2]
 	}

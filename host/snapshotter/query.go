@@ -171,7 +171,7 @@ func (s *Snapshotter) List(ctx context.Context) ([]Entry, error) {
 func (s *Snapshotter) Lookup(ctx context.Context, container string) (Chain, Mode, error) {
 	var found []Entry
 	err := s.walk(ctx, func(_ context.Context, info snapshots.Info, r record) error {
-		if info.Kind != snapshots.KindCommitted && r.remote() && r.mode != Full && (info.Name == container || containerName(info.Name) == container) {
+		if info.Kind != snapshots.KindCommitted && r.remote() && r.mode != Full && (info.Name == container || ContainerOf(info.Name) == container) {
 			found = append(found, Entry{Chain: r.chain, Mode: r.mode})
 		}
 		return nil

@@ -89,7 +89,11 @@ func (s *Snapshotter) serve(ctx context.Context, r *request) (err error) {
 // prepareImage has the node prepare an image, and looks at what its chain IDs
 // are worth if that is asked for.
 func (s *Snapshotter) prepareImage(ctx context.Context, ref string, manifest digest.Digest) ([]digest.Digest, error) {
-	diffIDs, err := s.cfg.Images.Prepare(ctx, ref, manifest)
+	pulling := ctx
+	if s.cfg.Pulling != nil {
+		pulling = s.cfg.Pulling(ctx, ref)
+	}
+	diffIDs, err := s.cfg.Images.Prepare(pulling, ref, manifest)
 	if err != nil || !s.cfg.Verified {
 		return diffIDs, err
 	}

@@ -182,6 +182,16 @@ func (f *lateFile) ReadAt(ctx context.Context, p []byte, off int64) (int, error)
 	return file.ReadAt(ctx, p, off)
 }
 
+// ReadNow implements imagefs.Ready; it does not wait for the image to be opened.
+func (f *lateFile) ReadNow(p []byte, off int64) bool {
+	if !f.mu.TryLock() {
+		return false
+	}
+	file, ok := f.file.(imagefs.Ready)
+	f.mu.Unlock()
+	return ok && file.ReadNow(p, off)
+}
+
 func (f *lateFile) get() (File, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

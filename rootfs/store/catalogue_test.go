@@ -134,7 +134,7 @@ func TestIngest(t *testing.T) {
 	cfg := store.Config{Dir: t.TempDir(), Keep: true}
 	s := open(t, cfg)
 	for range 2 { // the second is a segment that exists already
-		in, err := s.Ingest()
+		in, err := s.Ingest(context.Background())
 		check(t, err)
 		write(t, in, seg)
 		id, err := in.Commit(seg.Table)
@@ -182,7 +182,7 @@ func TestIngestOverOpenSegment(t *testing.T) {
 	i := openImage(t, s, img, storetest.NewSource("good", img))
 	same(t, i, img.Plain, firstChunk, 100)
 	s.Flush()
-	in, err := s.Ingest()
+	in, err := s.Ingest(context.Background())
 	check(t, err)
 	write(t, in, seg)
 	var wg sync.WaitGroup
@@ -200,7 +200,7 @@ func TestIngestOverOpenSegment(t *testing.T) {
 func TestIngestRefused(t *testing.T) {
 	cfg := store.Config{Dir: t.TempDir(), Keep: true}
 	s := open(t, cfg)
-	in, err := s.Ingest()
+	in, err := s.Ingest(context.Background())
 	check(t, err)
 	_, err = in.Write(make([]byte, 5000))
 	check(t, err)
@@ -210,13 +210,13 @@ func TestIngestRefused(t *testing.T) {
 	if _, err := in.Write(nil); err == nil {
 		t.Error("write after a failed commit")
 	}
-	in, err = s.Ingest()
+	in, err = s.Ingest(context.Background())
 	check(t, err)
 	in.Abort()
 	if left := files(t, cfg.Dir); len(left) > 0 {
 		t.Errorf("files left: %v", left)
 	}
-	if _, err := open(t, store.Config{Dir: t.TempDir()}).Ingest(); !errdefs.IsFailedPrecondition(err) {
+	if _, err := open(t, store.Config{Dir: t.TempDir()}).Ingest(context.Background()); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("ingest without keep: %v", err)
 	}
 }

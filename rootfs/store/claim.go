@@ -1,5 +1,7 @@
 package store
 
+import "github.com/tatami-containers/tatami/rootfs/sched"
+
 // claim is the right and the duty of one fetch to bring one chunk.
 type claim struct {
 	f       *fetch // changes when the fetch is split
@@ -37,10 +39,10 @@ func (g *segment) distance(i, j int) int64 {
 }
 
 // claim claims the wanted chunks in [from, to) and returns the fetches that are
-// to bring them, each at most limit bytes long or a single chunk. Chunks that the
-// store has elsewhere get fetches of their own: they wait for no source.
-// Precondition: g.mu is held.
-func (v *view) claim(from, to int, limit int64, by *read) []*fetch {
+// to bring them, each at most limit bytes long or a single chunk, and of this rank
+// while nobody waits. Chunks that the store has elsewhere get fetches of their own:
+// they wait for no source. Precondition: g.mu is held.
+func (v *view) claim(from, to int, limit int64, by *read, rank sched.Rank) []*fetch {
 	var out []*fetch
 	var f *fetch
 	g, chunks := v.seg, v.seg.table.Chunks
@@ -51,7 +53,8 @@ func (v *view) claim(from, to int, limit int64, by *read) []*fetch {
 		}
 		c, local := chunks[i], g.elsewhere(i)
 		if f == nil || f.local != local || c.Off-chunks[i-1].End() > maxGap || c.End()-chunks[f.next].Off > limit {
-			f = &fetch{v: v, next: i, by: by, local: local}
+			f = v.newFetch(i, by, v.h.standing(rank))
+			f.local = local
 			out = append(out, f)
 		}
 		f.stop = i + 1
@@ -66,7 +69,7 @@ func (v *view) claim(from, to int, limit int64, by *read) []*fetch {
 // is not claimed, present or in memory.
 func (v *view) claimWindow(i int, end int64, by *read) []*fetch {
 	g, cfg := v.seg, &v.h.s.cfg
-	lo, hi := g.ahead.window(g.table.Chunks[i].Off, end, cfg.Window, cfg.MaxWindow)
+	lo, hi := g.ahead.window(g.table.Chunks[i].Off, end, cfg)
 	from, to := g.span(lo, max(hi, end))
 	for from < i && g.table.Chunks[from].Off < lo {
 		from++ // a chunk that reaches into the window belongs to the one before
@@ -76,5 +79,5 @@ func (v *view) claimWindow(i int, end int64, by *read) []*fetch {
 			g.bits.clear(k)
 		}
 	}
-	return v.claim(from, to, max(hi-lo, cfg.MaxWindow), by)
+	return v.claim(from, to, max(hi-lo, cfg.MaxWindow), by, max(by.rank, sched.Prefetch))
 }

@@ -12,7 +12,7 @@ import (
 
 func ingest(t *testing.T, s *store.Store, seg storetest.Segment) index.ID {
 	t.Helper()
-	in, err := s.Ingest()
+	in, err := s.Ingest(context.Background())
 	check(t, err)
 	_, err = in.Write(seg.Plain)
 	check(t, err)

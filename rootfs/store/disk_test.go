@@ -296,7 +296,7 @@ func TestPowerLoss(t *testing.T) {
 			check(t, syncFS(dir)) // the names of files, as a few seconds bring
 			s.Flush()
 			same(t, i, img.Plain, firstChunk, 5*miB)
-			in, err := s.Ingest()
+			in, err := s.Ingest(context.Background())
 			check(t, err)
 			_, err = in.Write(ingested.Plain)
 			check(t, err)

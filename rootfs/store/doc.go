@@ -47,12 +47,31 @@
 // for little before it and neighbours on both sides come along. Reads that
 // follow one another grow the window twofold up to Config.MaxWindow, and the
 // next window is fetched when the reader enters the one before
-// ([readahead]). Present chunks are never fetched again. Fill and Prefetch fetch
+// ([readahead]). Without Keep the store learns how much of its windows is read before
+// they make way: a reader of little here and there gets what it asked for and nothing
+// else, one of everything the largest windows ([habit]). Present chunks are never fetched again. Fill and Prefetch fetch
 // exactly what they are told to; Fill starts nothing while demand reads wait.
 //
 // When no source works, a demand fetch asks them again until Config.Patience has
 // passed, as long as a reader waits. Readers through other handles then take its
 // chunks over.
+//
+// # Whose work a fetch is
+//
+// Every fetch carries a sched.Work, by which its source finds out how urgent it is
+// (sched.From), and which waits for turns to verify and to write, and for memory (line).
+// It begins with the flow of its handle (Image.SetFlow) and a rank: prefetch for the
+// windows of reads, background for Fill, and never more than the context of who began
+// it says (sched.WithRank). While readers wait for chunks of it, it counts as the most
+// urgent of them, whoever's they are ([first]): they register with the fetch ([await]),
+// and when one joins, leaves, gets its last chunk, or its handle becomes another
+// flow's, the fetch is ranked anew. So what a batch job is fetching when somebody online
+// needs it is promoted for as long as he waits, and not fetched twice. The halves of a
+// fetch that is split keep the standing that it began with.
+//
+// A source of type Fixed has told somebody else of the rank when it was asked, as guests
+// tell their node. When a reader waits for such a request that was made as if nobody
+// did, and nothing comes for a while, it is made anew.
 //
 // # Keeping
 //
@@ -111,15 +130,17 @@
 // too. Segments that somebody has open are left alone, and those of pinned images,
 // those that were ingested for an image to come, and the chunks that links of all
 // these lead to; a complete file makes way as a whole, by its name, so that whoever has
-// it open reads on. Images stay known: their bytes are fetched again where they are
+// it open reads on. What only the least of several classes has used, and nobody else
+// has open, makes way before all else, open or not (that which is open last), and for
+// this class nothing else makes way. Images stay known: their bytes are fetched again where they are
 // read. When nothing may make way, chunks are delivered and not kept, as on a full
 // disk. An Ingest waits for room, once, and is not refused.
 //
 // An extent goes in this order: no new link to the segment can be made and none that
 // counts leads to its chunks (Store.linking); their bits go, in memory and in state
 // files, then the epoch changes; the bits on disk are durable without them; their bytes
-// are punched. Only the first step is done under Store.mu: the image may be opened
-// again meanwhile, and whoever then fetches one of the chunks waits, before it is
+// are punched. Only the first step is done under Store.mu: the image may be open, or
+// be opened meanwhile, and whoever then fetches one of the chunks waits, before it is
 // written, until the punching is over (segment.filling). When the disk is too full for
 // a new file of bits, the old one is removed instead. A crash between the steps leaves
 // bytes that no bit speaks of, which the next eviction of the extent gives back.
@@ -162,5 +183,6 @@
 //	    Store.linking (that what is about to go gets no new links)
 //	      segment.mu (claims, waiters, readahead, links, changes of bits; never held
 //	                  over I/O, but for page faults of a state file)
-//	        handle.mu, memory.mu, known.mu, usage.mu, room.mu (leaves)
+//	        handle.mu, Recording.mu, memory.mu, known.mu, usage.mu, room.mu, and the
+//	                  locks of package sched (leaves)
 package store

@@ -16,10 +16,10 @@ import (
 
 // evictExtents makes the own chunks of some extents of one segment absent and gives
 // their disk back, except chunks that links of segments in use lead to. It returns
-// how many bytes of disk that brought. Nobody reads the segment itself when it
-// begins; who opens it meanwhile finds the chunks absent, and fetches of them wait
-// (segment.filling) until the disk has been given back, so that no hole is made where
-// a chunk has come back.
+// how many bytes of disk that brought. Only the class that yields reads the segment
+// itself when it begins, or nobody; who has it open, or opens it meanwhile, finds the
+// chunks absent, and fetches of them wait (segment.filling) until the disk has been
+// given back, so that no hole is made where a chunk has come back.
 func (s *Store) evictExtents(extents []victim) (int64, error) {
 	g, gone, err := s.beginEviction(extents)
 	if g == nil || err != nil {
@@ -44,8 +44,7 @@ func (s *Store) beginEviction(extents []victim) (*segment, bitmap, error) {
 	id := extents[0].id
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	busy := s.busy()
-	if s.closed || s.keepShares || busy[id] {
+	if s.closed || s.keepShares || s.busy()[id] {
 		return nil, nil, nil
 	}
 	t, err := s.loadTable(id)
@@ -57,7 +56,7 @@ func (s *Store) beginEviction(extents []victim) (*segment, bitmap, error) {
 	}
 	s.setLeaving(map[index.ID]bool{id: true})
 	defer s.setLeaving(nil) // then its bits say that there is nothing to link to
-	need, err := s.needed(busy)
+	need, err := s.needed(s.inUse())
 	if err != nil {
 		return nil, nil, err
 	}
@@ -174,9 +173,10 @@ func (s *Store) noteGone(g *segment, extents []victim) {
 func (s *Store) evictWhole(manifest digest.Digest) (int64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if busy := s.busy(); s.closed || s.keepShares || !s.wholeMayGo(manifest, busy) { // opened meanwhile
+	if s.closed || s.keepShares || !s.wholeMayGo(manifest, s.busy()) { // opened meanwhile
 		return 0, nil
-	} else if lent, err := s.lends(manifest, busy); lent || err != nil {
+	}
+	if lent, err := s.lends(manifest, s.inUse()); lent || err != nil {
 		return 0, err
 	}
 	for _, r := range s.records[manifest].Segments {
@@ -193,10 +193,10 @@ func (s *Store) evictWhole(manifest digest.Digest) (int64, error) {
 	return n, nil
 }
 
-// lends says whether links of busy segments lead to segments of an image. Precondition:
-// mu is held.
-func (s *Store) lends(manifest digest.Digest, busy map[index.ID]bool) (bool, error) {
-	need, err := s.needed(busy)
+// lends says whether links of segments in use lead to segments of an image.
+// Precondition: mu is held.
+func (s *Store) lends(manifest digest.Digest, used map[index.ID]bool) (bool, error) {
+	need, err := s.needed(used)
 	return slices.ContainsFunc(s.records[manifest].Segments, func(g recordSegment) bool { return len(need[g.ID]) > 0 }), err
 }
 

@@ -21,9 +21,10 @@ import (
 	"github.com/tatami-containers/tatami/rootfs/store/storetest"
 )
 
-// openSmall opens a store with extents of 512 KiB.
+// openSmall opens a store with extents of 512 KiB, of a node with two classes.
 func openSmall(t testing.TB, cfg store.Config) *store.Store {
 	t.Helper()
+	cfg.Sched = schedule
 	if testing.Verbose() && cfg.Log == nil {
 		cfg.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
 	}
@@ -55,7 +56,7 @@ func useAll(t testing.TB, s *store.Store, img *storetest.Image, batch bool, sour
 	t.Helper()
 	i, err := s.OpenImage(context.Background(), img.Index, sources)
 	check(t, err)
-	i.SetBatch(batch)
+	i.SetFlow(flowOf(batch))
 	sameAll(t, i, img.Plain, 300*kiB)
 	check(t, i.Close())
 	settle(t, s)
@@ -353,7 +354,7 @@ func TestBatchScan(t *testing.T) {
 		if n := src.Bytes(); n > 4*miB/20 {
 			t.Errorf("told %v: %d bytes of 4 MiB were fetched again", told, n)
 		}
-		if sp := s.Space(); sp.Evicted < 22*miB || sp.Refused > 0 {
+		if sp := s.Space(); sp.Evicted < 22*miB || sp.Refused > miB { // what comes faster than room is made
 			t.Errorf("told %v: %+v", told, sp)
 		}
 		check(t, s.Close())

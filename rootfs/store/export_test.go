@@ -55,13 +55,13 @@ func (s *Store) Look() <-chan struct{} {
 }
 
 // Settled says whether nothing is to be given up: there is no need or nothing may go.
-func (s *Store) Settled() bool { return s.excess() == 0 || s.room.stuck.Load() }
+func (s *Store) Settled() bool { return s.excess() == 0 || s.room.none(!s.room.wanted.Load()) }
 
 // Stuck says whether nothing may be given up.
 func (s *Store) Stuck() bool { return s.room.stuck.Load() }
 
 // Press is as if the disk were full.
-func (s *Store) Press() { s.full(unix.ENOSPC) }
+func (s *Store) Press() { s.full(unix.ENOSPC, false) }
 
 // Extents is how many extents are known.
 func (s *Store) Extents() (n int) {
@@ -118,3 +118,32 @@ func OpenSyncing(cfg Config, extent int64, sync func(*Store, *os.File) error) (s
 		return sync(s, f)
 	})
 }
+
+// Idle fails when anything is fetched, claimed, held or waited for.
+func (s *Store) Idle() error {
+	s.mem.mu.Lock()
+	defer s.mem.mu.Unlock()
+	if n := len(s.mem.line.waiting); n > 0 || s.mem.line.held != [levels]int64{} {
+		return fmt.Errorf("%d wait for memory, held: %v", n, s.mem.line.held)
+	}
+	if n := s.stats.fetches.Load(); n != 0 {
+		return fmt.Errorf("%d fetches", n)
+	}
+	if n := s.stats.ahead.Load(); n != 0 {
+		return fmt.Errorf("%d bytes read ahead", n)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, g := range s.segments {
+		g.mu.Lock()
+		n := len(g.claims)
+		g.mu.Unlock()
+		if n > 0 {
+			return fmt.Errorf("%d claims of segment %s", n, id)
+		}
+	}
+	return nil
+}
+
+// HurryAfter is how long a reader waits for a request that was made for who can wait.
+const HurryAfter = hurryAfter

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"time"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // fetch brings a run of claimed chunks, [next, stop) of its segment, in order.
@@ -23,6 +25,15 @@ type fetch struct {
 
 	// next changes only in run's goroutine; others read both under segment.mu.
 	next, stop int
+
+	work   *sched.Work    // how urgent it is
+	base   sched.Standing // of work when nobody waits, immutable
+	joined []await        // who waits for its chunks; protected by segment.mu
+
+	// The request under way, when it cannot become more urgent: what it was made as, and
+	// what has it made anew, else nil. Protected by segment.mu.
+	asked sched.Rank
+	again context.CancelCauseFunc
 
 	// Why the last attempt failed; run's goroutine only.
 	down   bool // a source does not work at present
@@ -75,12 +86,12 @@ func (f *fetch) attempt() error {
 	if h.ctx.Err() != nil {
 		return h.errClosed()
 	}
-	buf, err := h.s.mem.reserve(h.ctx, f.largest)
+	buf, err := h.s.mem.reserve(h.ctx, f.largest, f.work)
 	if err != nil {
 		return h.errClosed()
 	}
 	defer h.s.mem.release(buf)
-	return f.fromAny(*buf)
+	return f.fromAny(*buf.bytes)
 }
 
 func (f *fetch) isLocal() bool {
@@ -146,6 +157,9 @@ func (f *fetch) from(src *source, buf []byte) error {
 		before := f.next
 		f.blamed = false
 		err := f.stream(src, buf)
+		if errors.Is(err, errHurry) {
+			continue
+		}
 		if f.v.h.ctx.Err() == nil {
 			src.note(err)
 		}
@@ -167,10 +181,9 @@ var errStalled = fmt.Errorf("no byte arrived in time: %w", errdefs.ErrUnavailabl
 // stream makes one request for the rest of the run and delivers its chunks as
 // they arrive.
 func (f *fetch) stream(src *source, buf []byte) error {
-	ctx, cancel := context.WithCancelCause(f.v.h.ctx)
+	ctx, cancel := context.WithCancelCause(f.ctx())
 	defer cancel(nil)
-	r := &watched{stall: f.v.h.s.cfg.Stall, stats: src.stats}
-	r.dog = time.AfterFunc(r.stall, func() { cancel(errStalled) })
+	r := newWatched(f, src.stats, cancel)
 	defer r.dog.Stop()
 
 	chunks := f.v.seg.table.Chunks
@@ -178,6 +191,8 @@ func (f *fetch) stream(src *source, buf []byte) error {
 	if err := src.mayGive(f.v.desc); err != nil {
 		return err
 	}
+	f.asks(src, cancel)
+	defer f.answered()
 	src.stats.requests.Add(1)
 	body, err := src.Fetch(ctx, f.v.desc, at, chunks[f.end()-1].End()-at)
 	if err != nil {
@@ -220,12 +235,24 @@ func (f *fetch) chunk(r io.Reader, gap int64, b []byte) error {
 	if _, err := io.ReadFull(r, b); err != nil {
 		return noEOF(err)
 	}
-	if err := verify(f.v.seg.table, f.next, b); err != nil {
-		f.v.h.s.stats.verifyFailures.Add(1)
+	if err := f.verifyNext(b); err != nil {
 		return err
 	}
 	f.deliver(b)
 	return nil
+}
+
+// verifyNext compares b with the sum of chunk next, when it is its turn to compute.
+func (f *fetch) verifyNext(b []byte) error {
+	leave, err := f.v.h.s.cfg.Sched.CPU().Enter(f.ctx())
+	if err != nil {
+		return err
+	}
+	defer leave()
+	if err = verify(f.v.seg.table, f.next, b); err != nil {
+		f.v.h.s.stats.verifyFailures.Add(1)
+	}
+	return err
 }
 
 // verify compares the bytes of chunk i with their sum. Vouched sums say nothing
@@ -249,12 +276,32 @@ func noEOF(err error) error {
 }
 
 // watched counts a body's bytes and cancels the fetch when none comes in time.
-// Time that the store itself takes between two reads does not count.
+// Time that the store itself takes between two reads does not count, nor does what
+// the source waits for its turn.
 type watched struct {
-	body  io.Reader
-	dog   *time.Timer
-	stall time.Duration
-	stats *sourceCounters
+	body   io.Reader
+	dog    *time.Timer
+	stall  time.Duration
+	stats  *sourceCounters
+	work   *sched.Work
+	cancel context.CancelCauseFunc
+}
+
+// newWatched is for a request that is about to be made; the body comes later.
+func newWatched(f *fetch, stats *sourceCounters, cancel context.CancelCauseFunc) *watched {
+	w := &watched{stall: f.v.h.s.cfg.Stall, stats: stats, work: f.work, cancel: cancel}
+	w.dog = time.AfterFunc(math.MaxInt64, w.bark)
+	w.dog.Reset(w.stall)
+	return w
+}
+
+// bark is called when nothing has come for as long as stall.
+func (w *watched) bark() {
+	if w.work.Waiting() {
+		w.dog.Reset(w.stall)
+		return
+	}
+	w.cancel(errStalled)
 }
 
 func (w *watched) Read(p []byte) (int, error) {
@@ -269,10 +316,11 @@ func (w *watched) Read(p []byte) (int, error) {
 // next, copies them to everyone who waits and gives up the claim.
 func (f *fetch) deliver(b []byte) {
 	g, i := f.v.seg, f.next
+	defer f.diskTurn()()
 	g.filling.RLock() // what is written here is not punched
 	defer g.filling.RUnlock()
 	lost := g.lost.Load()
-	written, err := g.keep(i, b)
+	written, err := g.keep(i, b, g.s.spare(f.work.Standing().Flow))
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if written && g.lost.Load() == lost { // else this write may be among what was lost
@@ -305,7 +353,7 @@ func (f *fetch) hand(b []byte, kept bool, err error) {
 		}
 		w.settle(nil)
 	}
-	f.next++
+	f.advance()
 	switch {
 	case kept:
 	case given < int64(len(b)):
@@ -355,7 +403,7 @@ func (f *fetch) failNext(err error) {
 			w.settle(err)
 		}
 	}
-	f.next++
+	f.advance()
 }
 
 // takeClaim ends the claim of chunk i. Precondition: g.mu is held.
@@ -369,11 +417,13 @@ func (g *segment) takeClaim(i int) *claim {
 // otherwise wait too long. Precondition: segment.mu is held, f has claimed i and
 // is not at it yet or is paused.
 func (f *fetch) split(i int, v *view, by *read) *fetch {
-	far := &fetch{v: v, by: by, next: i, stop: f.stop, local: f.local}
+	far := v.newFetch(i, by, f.base)
+	far.stop, far.local = f.stop, f.local
 	for k := i; k < f.stop; k++ {
 		v.seg.claims[k].f = far
 		far.largest = max(far.largest, v.seg.table.Chunks[k].Len)
 	}
 	f.stop = i
+	f.part(far)
 	return far
 }

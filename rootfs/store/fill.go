@@ -7,6 +7,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // fillRun is how many bytes one fetch of Fill asks for: enough to keep a link
@@ -32,7 +34,7 @@ func (h *handle) fill(ctx context.Context) error {
 				if err := h.yield(running); err != nil {
 					return err
 				}
-				return v.fetch(running, from, to, fillRun, true)
+				return v.fetch(sched.WithRank(running, sched.Background), from, to, fillRun, true)
 			})
 		}
 	}
@@ -76,12 +78,12 @@ func (g *segment) allPresent(from, to int) bool {
 func (v *view) fetch(ctx context.Context, from, to int, limit int64, kept bool) error {
 	g := v.seg
 	for tries := 1; ; tries++ {
-		r := &read{done: make(chan struct{}), tries: tries}
+		r := &read{done: make(chan struct{}), tries: tries, rank: max(sched.RankOf(ctx), sched.Prefetch), from: from, to: to}
 		g.mu.Lock()
 		if kept {
 			g.s.mem.discard(g, from, to) // could not be kept when they came; perhaps now
 		}
-		fetches := v.claim(from, to, limit, nil)
+		fetches := v.claim(from, to, limit, nil, r.rank)
 		for i := from; i < to; i++ {
 			if g.claims[i] != nil {
 				g.wait(i, waiter{h: v.h, r: r, kept: kept})

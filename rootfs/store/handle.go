@@ -6,6 +6,8 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // handle is what one user of an image or a segment brings along: sources and a
@@ -16,9 +18,12 @@ type handle struct {
 	sources []*source // immutable, in the order of preference
 	ctx     context.Context
 	cancel  context.CancelFunc
-	views   []view // one for each segment, by rising offset
-	drop    func() // gives back what was opened; called with Store.mu held
-	batch   atomic.Bool
+	views   []view                        // one for each segment, by rising offset
+	drop    func()                        // gives back what was opened; called with Store.mu held
+	flow    atomic.Pointer[sched.Flow]    // whom it is for; nil: nobody in particular
+	counts  atomic.Pointer[classCounters] // of the flow's class
+
+	recording atomic.Pointer[Recording] // nil: nobody wants to know what is read
 
 	mu     sync.Mutex
 	closed bool           // protected by mu; no fetch starts any more
@@ -29,6 +34,7 @@ type handle struct {
 // newHandle registers a handle. Precondition: Store.mu is held.
 func (s *Store) newHandle(what string, sources []Source) *handle {
 	h := &handle{s: s, what: what}
+	h.counts.Store(s.stats.class(""))
 	h.ctx, h.cancel = context.WithCancel(s.ctx)
 	for _, src := range sources {
 		h.sources = append(h.sources, &source{Source: src, stats: s.stats.source(src.Name()), log: s.log})

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"testing"
 
+	"github.com/tatami-containers/tatami/rootfs/sched"
 	"github.com/tatami-containers/tatami/rootfs/store"
 	"github.com/tatami-containers/tatami/rootfs/store/storetest"
 )
@@ -21,6 +22,23 @@ const (
 func eachMode(t *testing.T, f func(t *testing.T, cfg store.Config)) {
 	t.Run("keep", func(t *testing.T) { f(t, store.Config{Dir: t.TempDir(), Keep: true}) })
 	t.Run("keep none", func(t *testing.T) { f(t, store.Config{Dir: t.TempDir()}) })
+}
+
+// schedule is that of a node with two classes.
+var schedule = func() *sched.Scheduler {
+	s, err := sched.New(sched.Config{Default: "online", Classes: []sched.Class{{Name: "online", Share: 95}, {Name: "batch", Share: 5}}})
+	if err != nil {
+		panic(err)
+	}
+	return s
+}()
+
+// flowOf is a sandbox of the online or the batch class.
+func flowOf(batch bool) *sched.Flow {
+	if batch {
+		return schedule.Flow("batch", "job")
+	}
+	return schedule.Flow("online", "pod")
 }
 
 func open(t testing.TB, cfg store.Config) *store.Store {

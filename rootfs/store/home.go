@@ -170,7 +170,7 @@ func (g *segment) flush() {
 		return
 	}
 	g.dirty.Store(true)
-	g.s.full(err)
+	g.s.full(err, false)
 	if !errors.Is(err, errUnsynced) { // which drop has reported
 		g.s.log.Warn("what was fetched may be fetched again after a restart", "segment", g.id, "err", err)
 	}

@@ -2,6 +2,7 @@ package store
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,13 +11,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // Ingest takes the plain bytes of one segment, in order, from whoever computes
 // its table from the same bytes. It is for one goroutine.
 type Ingest struct {
 	s    *Store
-	f    *os.File // in tmp; nil after Commit or Abort
+	ctx  context.Context // of all waits
+	f    *os.File        // in tmp; nil after Commit or Abort
 	w    *bufio.Writer
 	size int64 // bytes taken, zeros included
 	held int64 // of those, bytes that count as the store's until Commit or Abort
@@ -24,9 +27,10 @@ type Ingest struct {
 
 const ingestBuffer = 256 << 10
 
-// Ingest starts taking a new segment. It ends with Commit or Abort. It fails
-// with ErrFailedPrecondition when the store keeps nothing.
-func (s *Store) Ingest() (*Ingest, error) {
+// Ingest starts taking a new segment; its writes wait for their turn, as the work of
+// ctx. It ends with Commit or Abort. It fails with ErrFailedPrecondition when the store
+// keeps nothing.
+func (s *Store) Ingest(ctx context.Context) (*Ingest, error) {
 	if !s.cfg.Keep {
 		return nil, fmt.Errorf("ingest a segment: the store keeps nothing: %w", errdefs.ErrFailedPrecondition)
 	}
@@ -34,7 +38,7 @@ func (s *Store) Ingest() (*Ingest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ingest a segment: %w", err)
 	}
-	n := &Ingest{s: s, f: f}
+	n := &Ingest{s: s, ctx: ctx, f: f}
 	n.w = bufio.NewWriterSize(roomy{n}, ingestBuffer)
 	return n, nil
 }
@@ -44,12 +48,12 @@ func (s *Store) Ingest() (*Ingest, error) {
 type roomy struct{ n *Ingest }
 
 func (r roomy) Write(p []byte) (int, error) {
-	s := r.n.s
-	if s.exceeded(int64(len(p))) {
-		s.awaitRoom(s.ctx, unix.EDQUOT) // what is ingested may exceed the quota even so
+	s, ctx := r.n.s, r.n.ctx
+	if s.exceeded(int64(len(p)), r.n.spare()) {
+		s.awaitRoom(ctx, unix.EDQUOT) // what is ingested may exceed the quota even so
 	}
 	m, err := r.write(p)
-	for err != nil && s.awaitRoom(s.ctx, err) {
+	for err != nil && s.awaitRoom(ctx, err) {
 		var k int
 		k, err = r.write(p[m:])
 		m += k
@@ -58,12 +62,20 @@ func (r roomy) Write(p []byte) (int, error) {
 }
 
 func (r roomy) write(p []byte) (int, error) {
+	leave, err := r.n.s.cfg.Sched.Disk().Enter(r.n.ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer leave()
 	m, err := r.n.f.Write(p)
 	r.n.held += int64(m)
 	r.n.s.usage.used.Add(int64(m))
-	r.n.s.checkRoom()
+	r.n.s.checkRoom(r.n.spare())
 	return m, err
 }
+
+// spare says whether the ingest is the work of the class that yields.
+func (n *Ingest) spare() bool { return n.s.spare(sched.From(n.ctx).Standing().Flow) }
 
 // Write takes the next bytes.
 func (n *Ingest) Write(p []byte) (int, error) {

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"context"
 	"os"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
@@ -13,7 +14,7 @@ const maxMapped = 1 << 20
 // Mapped says where bytes of an image lie in a file, for who has them sent from there
 // by the kernel. It is for this process what package shared is for others:
 //
-//	m := img.Map(off, n)
+//	m := img.Map(ctx, off, n)
 //	// take m.N bytes at m.Off of m.File
 //	if !m.Valid() { /* what was taken is worth nothing */ }
 //
@@ -33,24 +34,25 @@ type Mapped struct {
 }
 
 // Map says where the bytes of [off, off+n) are, or those that come first. N is 0 when
-// the first of them is not here or not in pages of its own.
-func (i *Image) Map(off, n int64) Mapped {
+// the first of them is not here or not in pages of its own. Of ctx only the rank
+// counts, for what is read ahead.
+func (i *Image) Map(ctx context.Context, off, n int64) Mapped {
 	if off < i.image.record.BootSize || off >= i.size || n <= 0 {
 		return Mapped{}
 	}
 	v := i.h.viewAt(off)
 	off -= v.desc.Off
-	return v.mapped(off, min(off+min(n, maxMapped), v.desc.Table.Size))
+	return v.mapped(ctx, off, min(off+min(n, maxMapped), v.desc.Table.Size))
 }
 
-func (v *view) mapped(off, end int64) Mapped {
+func (v *view) mapped(ctx context.Context, off, end int64) Mapped {
 	g := v.seg
 	m := Mapped{seg: g, epoch: g.epoch.Load()} // before the bits
 	if end = g.presentEnd(off, end); end <= off {
 		return Mapped{}
 	}
 	if g.ahead.marked(off, end) {
-		v.readAhead(off, end)
+		v.readAhead(ctx, off, end)
 	}
 	m.Off, m.N = off, end-off
 	from := g
@@ -67,9 +69,7 @@ func (v *view) mapped(off, end int64) Mapped {
 	h := from.home.Load() // after bits and links
 	m.File, m.Off = h.file, m.Off+h.off
 	v.note(off, off+m.N)
-	c := &v.h.s.stats
-	c.hits.Add(1)
-	c.hitBytes.Add(m.N)
+	v.h.counts.Load().hit(m.N)
 	return m
 }
 

@@ -16,7 +16,7 @@ func mappedHere(t *testing.T, i *store.Image, plain []byte) int64 {
 	t.Helper()
 	total := int64(0)
 	for off := int64(0); off < i.Size(); {
-		m := i.Map(off, i.Size()-off)
+		m := i.Map(context.Background(), off, i.Size()-off)
 		if m.N == 0 {
 			off += 4 * kiB
 			continue
@@ -37,7 +37,7 @@ func TestMapped(t *testing.T) {
 	img := storetest.NewImage("mapped", storetest.Solid(1, 4*miB), storetest.Solid(2, miB))
 	i := openImage(t, s, img, storetest.NewSource("good", img))
 	for _, tc := range []struct{ off, n int64 }{{-1, 10}, {0, 10}, {i.Size(), 1}, {firstChunk, 0}, {firstChunk, -1}, {firstChunk, 10}} {
-		if m := i.Map(tc.off, tc.n); m.N != 0 {
+		if m := i.Map(context.Background(), tc.off, tc.n); m.N != 0 {
 			t.Errorf("%+v: %d bytes of nothing", tc, m.N)
 		}
 	}
@@ -45,7 +45,7 @@ func TestMapped(t *testing.T) {
 	if n := mappedHere(t, i, img.Plain); n != miB {
 		t.Errorf("%d KiB mapped, want 1024", n/kiB)
 	}
-	if m := i.Map(firstChunk+5, 100); m.N != 100 {
+	if m := i.Map(context.Background(), firstChunk+5, 100); m.N != 100 {
 		t.Errorf("%d bytes of 100", m.N)
 	}
 	_, err := i.Materialize(context.Background())
@@ -78,7 +78,7 @@ func TestMappedLinked(t *testing.T) {
 	check(t, ia.Close())
 	check(t, s.Remove(a.Index.Manifest))
 	check(t, ib.Prefetch(context.Background(), firstChunk, 64*kiB))
-	before := ib.Map(firstChunk, 64*kiB)
+	before := ib.Map(context.Background(), firstChunk, 64*kiB)
 	if before.N == 0 || !before.Valid() {
 		t.Fatalf("%+v", before)
 	}

@@ -2,17 +2,18 @@ package store
 
 import (
 	"container/list"
-	"context"
 	"math/bits"
 	"sync"
 	"time"
+
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // memory owns all chunk buffers of a store and bounds them: the buffer that each
 // running fetch verifies in, and copies of chunks that were fetched ahead of
 // their reader and are on no disk. The copies make way, oldest first; a fetch
-// that finds no room even so waits for another fetch to end. Only fetches hold
-// what cannot make way, each exactly one buffer, and all of those end, so
+// that finds no room even so waits in line for another fetch to end ([line]). Only
+// fetches hold what cannot make way, each exactly one buffer, and all of those end, so
 // waiting cannot deadlock.
 type memory struct {
 	limit int64
@@ -20,10 +21,9 @@ type memory struct {
 
 	mu     sync.Mutex
 	used   int64 // bytes of buffers and copies, protected by mu as all below
-	held   int   // buffers of fetches
 	blocks map[blockKey]*list.Element
-	order  list.List     // of *block, oldest first
-	freed  chan struct{} // closed when a fetch gives its buffer back; nil when none waits
+	order  list.List // of *block, oldest first
+	line   line
 }
 
 type blockKey struct {
@@ -48,8 +48,8 @@ const (
 
 func classOf(n int64) int { return max(minClass, bits.Len64(uint64(n-1))) }
 
-func newMemory(limit int64) *memory {
-	return &memory{limit: limit, blocks: map[blockKey]*list.Element{}}
+func newMemory(limit int64, s *sched.Scheduler) *memory {
+	return &memory{limit: limit, blocks: map[blockKey]*list.Element{}, line: line{sched: s}}
 }
 
 func (m *memory) buffer(n int64) *[]byte {
@@ -62,45 +62,6 @@ func (m *memory) buffer(n int64) *[]byte {
 }
 
 func (m *memory) recycle(b *[]byte) { m.pools[classOf(int64(len(*b)))].Put(b) }
-
-// reserve returns a buffer of at least n bytes for a fetch, waiting for room.
-// A single fetch gets one even when it is over the bound.
-func (m *memory) reserve(ctx context.Context, n int64) (*[]byte, error) {
-	size := int64(1) << classOf(n)
-	for {
-		m.mu.Lock()
-		m.makeRoom(size)
-		if m.used+size <= m.limit || m.held == 0 {
-			m.used += size
-			m.held++
-			m.mu.Unlock()
-			return m.buffer(n), nil
-		}
-		if m.freed == nil {
-			m.freed = make(chan struct{})
-		}
-		freed := m.freed
-		m.mu.Unlock()
-		select {
-		case <-freed:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	}
-}
-
-// release gives back a fetch's buffer.
-func (m *memory) release(b *[]byte) {
-	m.mu.Lock()
-	m.used -= int64(len(*b))
-	m.held--
-	if m.freed != nil {
-		close(m.freed)
-		m.freed = nil
-	}
-	m.mu.Unlock()
-	m.recycle(b)
-}
 
 // put copies a chunk of which given bytes were handed out already. Without room
 // it is dropped, and fetched again when it is wanted.
@@ -128,13 +89,19 @@ func (m *memory) take(key blockKey, dst []byte, skip int64) (ok, spent bool) {
 	if e == nil {
 		return false, false
 	}
+	return true, m.give(e, dst, skip)
+}
+
+// give copies bytes of a chunk, and drops it when the reader has now had all of it.
+// Precondition: mu is held.
+func (m *memory) give(e *list.Element, dst []byte, skip int64) (spent bool) {
 	k := e.Value.(*block)
 	k.given += int64(copy(dst, (*k.buf)[skip:k.n]))
 	if k.given < k.n {
-		return true, false
+		return false
 	}
 	m.evict(e)
-	return true, true
+	return true
 }
 
 func (m *memory) has(key blockKey) bool {

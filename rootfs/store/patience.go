@@ -59,6 +59,7 @@ func (f *fetch) pause() bool {
 		clear(c.waiters[len(stay):])
 		c.waiters = stay
 	}
+	f.rerank()
 	f.paused = f.awaited()
 	return f.paused
 }

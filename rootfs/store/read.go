@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 )
 
 // view is a segment as one handle reads it: with the handle's sources.
@@ -27,7 +28,7 @@ func (v *view) readAt(ctx context.Context, p []byte, off int64) error {
 		return v.readMissing(ctx, p, off)
 	}
 	if g.ahead.marked(off, end) {
-		v.readAhead(off, end)
+		v.readAhead(ctx, off, end)
 	}
 	err := g.pread(p, off)
 	if err != nil && !errors.Is(err, errAgain) {
@@ -36,9 +37,7 @@ func (v *view) readAt(ctx context.Context, p []byte, off int64) error {
 	if err != nil || g.epoch.Load() != epoch { // these bytes may have gone meanwhile
 		return v.readMissing(ctx, p, off)
 	}
-	c := &v.h.s.stats
-	c.hits.Add(1)
-	c.hitBytes.Add(int64(len(p)))
+	v.h.counts.Load().hit(int64(len(p)))
 	return nil
 }
 
@@ -65,8 +64,9 @@ func (v *view) readMissing(ctx context.Context, p []byte, off int64) error {
 		return err
 	}
 	clear(p) // what no chunk covers is zeros
+	rank := sched.RankOf(ctx)
 	for tries := 0; ; tries++ {
-		r, local, fetches := v.request(p, off, tries)
+		r, local, fetches := v.request(p, off, rank, tries)
 		v.h.start(fetches)
 		err := v.readLocal(p, off, r, local)
 		if err == nil {
@@ -84,17 +84,17 @@ func (v *view) readMissing(ctx context.Context, p []byte, off int64) error {
 // is copied from memory, its number is returned in local because it is in the
 // segment's file, or r waits for it. The fetches are for the caller to start.
 // tries is how often the read has joined a fetch in vain.
-func (v *view) request(p []byte, off int64, tries int) (r *read, local []int, fetches []*fetch) {
+func (v *view) request(p []byte, off int64, rank sched.Rank, tries int) (r *read, local []int, fetches []*fetch) {
 	g, end := v.seg, off+int64(len(p))
-	r = &read{done: make(chan struct{}), tries: tries}
+	r = &read{done: make(chan struct{}), tries: tries, rank: rank}
+	r.from, r.to = g.span(off, end)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	r.epoch = g.epoch.Load()
 	if g.ahead.marked(off, end) {
-		fetches = v.nextWindow(off, end)
+		fetches = v.nextWindow(off, end, rank)
 	}
-	from, to := g.span(off, end)
-	for i := from; i < to; i++ {
+	for i := r.from; i < r.to; i++ {
 		c := g.table.Chunks[i]
 		lo, hi := max(off, c.Off), min(end, c.End())
 		w := waiter{h: v.h, r: r, dst: p[lo-off : hi-off], skip: lo - c.Off}
@@ -112,6 +112,7 @@ func (v *view) request(p []byte, off int64, tries int) (r *read, local []int, fe
 		}
 		g.wait(i, w)
 	}
+	g.ahead.habit.saw(off, end-off)
 	return r, local, fetches
 }
 
@@ -145,7 +146,11 @@ type read struct {
 	err  error
 	gone bool // the caller has left: its buffer is not to be touched
 
+	rank     sched.Rank // immutable
+	from, to int        // chunks [from, to) are those that it wants, immutable
+
 	tries int   // how often the caller has joined a fetch in vain; immutable
+	late  bool  // something is asked for as if nobody waited; set like waits
 	waits bool  // something has to come; set before the lock is left for the first time
 	epoch int64 // of the segment when the read looked for its chunks; set like waits
 }
@@ -164,7 +169,9 @@ type waiter struct {
 func (g *segment) wait(i int, w waiter) {
 	w.r.left++
 	w.r.waits = true
-	g.claims[i].waiters = append(g.claims[i].waiters, w)
+	c := g.claims[i]
+	c.waiters = append(c.waiters, w)
+	c.f.join(i, w)
 }
 
 // settle ends w's wait for one chunk. Precondition: g.mu is held.
@@ -182,37 +189,48 @@ func (w *waiter) settle(err error) {
 
 // await waits until r has all its chunks, a chunk failed, or ctx ends.
 func (v *view) await(ctx context.Context, r *read, n int64) error {
-	s := v.h.s
+	counts := v.h.counts.Load()
 	if !r.waits {
-		s.stats.hits.Add(1)
-		s.stats.hitBytes.Add(n)
+		counts.hit(n)
 		return nil
 	}
-	s.demand.enter()
-	defer s.demand.leave()
+	if r.rank < sched.Background {
+		v.h.s.demand.enter()
+		defer v.h.s.demand.leave()
+	}
 	began := time.Now()
-	defer func() {
-		s.stats.misses.Add(1)
-		s.stats.missBytes.Add(n)
-		s.stats.wait.Add(int64(time.Since(began)))
-	}()
+	defer func() { counts.miss(r.rank, n, time.Since(began)) }()
 	return v.sleep(ctx, r)
 }
 
 func (v *view) sleep(ctx context.Context, r *read) error {
-	select {
-	case <-r.done:
-		v.leave(r)
-		return r.err
-	case <-ctx.Done():
-		v.leave(r)
-		return ctx.Err()
+	var late <-chan time.Time
+	if r.late {
+		t := time.NewTimer(hurryAfter)
+		defer t.Stop()
+		late = t.C
+	}
+	for {
+		select {
+		case <-r.done:
+			v.leave(r)
+			return r.err
+		case <-ctx.Done():
+			v.leave(r)
+			return ctx.Err()
+		case <-late:
+			v.hurry(r)
+		}
 	}
 }
 
-// leave makes sure that no fetch writes to r's buffer any more.
+// leave makes sure that no fetch writes to r's buffer any more, and that none is more
+// urgent because of r.
 func (v *view) leave(r *read) {
 	v.seg.mu.Lock()
+	defer v.seg.mu.Unlock()
 	r.gone = true
-	v.seg.mu.Unlock()
+	if r.left > 0 {
+		v.seg.rerank(r.from, r.to)
+	}
 }

@@ -22,7 +22,11 @@ func TestReadahead(t *testing.T) {
 		for _, r := range src.Requests() {
 			most = max(most, r.N)
 		}
-		if n := len(src.Requests()); n > 14 || most != 8*miB {
+		bound := 14
+		if !cfg.Keep {
+			bound = 22 // which believes in the reader when it has read some 20 MiB
+		}
+		if n := len(src.Requests()); n > bound || most != 8*miB {
 			t.Errorf("%d requests of at most %d bytes", n, most)
 		}
 		if src.Twice() > 0 {
@@ -45,7 +49,11 @@ func TestReadaheadIsAhead(t *testing.T) {
 		for off := miB; off <= 3*miB; off += 128 * kiB {
 			same(t, i, img.Plain, firstChunk+off, 128*kiB)
 		}
-		eventually(t, func() bool { r := src.Requests(); return r[len(r)-1].Off == 7*miB })
+		third := 7 * miB
+		if !cfg.Keep {
+			third = 5 * miB
+		}
+		eventually(t, func() bool { r := src.Requests(); return r[len(r)-1].Off == third })
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 	"github.com/tatami-containers/tatami/rootfs/store/replace"
 )
 
@@ -22,6 +24,8 @@ type room struct {
 	held    atomic.Bool   // until Release
 	pressed atomic.Bool   // the disk is full whatever the quota says
 	stuck   atomic.Bool   // nothing may be given up until an image is closed or removed, or Release
+	spent   atomic.Bool   // the same of what only the class that yields has used
+	wanted  atomic.Bool   // another class than that needs room, or who did is not known
 	told    atomic.Bool   // that was logged
 	retries atomic.Int64  // how often more might go than before
 	evicted atomic.Int64  // bytes
@@ -35,6 +39,7 @@ func newRoom(held bool) *room {
 	r := &room{wake: make(chan struct{}, 1), round: make(chan struct{})}
 	r.held.Store(held)
 	r.stuck.Store(held)
+	r.wanted.Store(true)
 	return r
 }
 
@@ -52,27 +57,47 @@ func (r *room) looked() {
 	r.round = make(chan struct{})
 }
 
-// admit says whether n more bytes may be kept. It takes no lock: readers at the
-// same time may exceed the quota by a chunk each.
-func (s *Store) admit(n int64) error {
-	if !s.exceeded(n) {
+// admit says whether n more bytes may be kept, which are spare or not. It takes no lock:
+// readers at the same time may exceed the quota by a chunk each.
+func (s *Store) admit(n int64, spare bool) error {
+	if !s.exceeded(n, spare) {
 		return nil
 	}
 	s.room.refused.Add(n)
-	return fmt.Errorf("quota of %d bytes is used up by images that are open or pinned: %w", s.cfg.Quota, errdefs.ErrResourceExhausted)
+	s.checkRoom(spare)
+	return fmt.Errorf("quota of %d bytes is used up by images that are open, pinned or of more important classes: %w", s.cfg.Quota, errdefs.ErrResourceExhausted)
 }
 
-// exceeded says whether n more bytes are over the quota.
-func (s *Store) exceeded(n int64) bool {
-	return s.cfg.Quota > 0 && s.usage.used.Load()+n > s.cfg.Quota
+// exceeded says whether n more bytes are over the quota. When there are no spare ones
+// to make way, more of them are already when they are above the high watermark.
+func (s *Store) exceeded(n int64, spare bool) bool {
+	limit := s.cfg.Quota
+	if spare && s.room.spent.Load() {
+		limit = s.cfg.High
+	}
+	return s.cfg.Quota > 0 && s.usage.used.Load()+n > limit
 }
 
-// checkRoom has bytes given up when the store is above its high watermark.
-func (s *Store) checkRoom() {
-	if s.excess() > 0 && !s.room.stuck.Load() {
+// checkRoom has bytes given up when the store is above its high watermark, only spare
+// ones when those that came are.
+func (s *Store) checkRoom(spare bool) {
+	if s.excess() > 0 {
+		s.need(spare)
+	}
+}
+
+// need has bytes given up, if any may go that may make way for what came.
+func (s *Store) need(spare bool) {
+	if !spare {
+		s.room.wanted.Store(true)
+	}
+	if !s.room.none(spare) {
 		s.wakeRoom()
 	}
 }
+
+// none says that nothing may go that may make way for spare bytes, or for others.
+func (r *room) none(spare bool) bool { return r.stuck.Load() || spare && r.spent.Load() }
 
 func (s *Store) wakeRoom() {
 	select {
@@ -88,20 +113,23 @@ func (s *Store) retry() {
 	}
 	s.room.retries.Add(1)
 	s.room.stuck.Store(false)
-	s.checkRoom()
+	s.room.spent.Store(false)
+	s.wakeRoom()
 }
 
 func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 // awaitRoom has bytes given up when err says that the disk is full, and waits for
-// that. It reports whether it is worth trying again. Precondition: no lock is held.
+// that, as the work of ctx. It reports whether it is worth trying again. Precondition:
+// no lock is held.
 func (s *Store) awaitRoom(ctx context.Context, err error) bool {
-	if !s.cfg.Keep || !isFull(err) || s.room.stuck.Load() {
+	spare := s.spare(sched.From(ctx).Standing().Flow)
+	if !s.cfg.Keep || !isFull(err) || s.room.none(spare) {
 		return false
 	}
 	round := s.room.next()
-	s.full(err)
-	if s.room.stuck.Load() { // after next: whoever gets stuck later than this ends the round
+	s.full(err, spare)
+	if s.room.none(spare) { // after next: whoever gets stuck later than this ends the round
 		return false
 	}
 	select {
@@ -109,17 +137,15 @@ func (s *Store) awaitRoom(ctx context.Context, err error) bool {
 	case <-ctx.Done():
 	case <-s.ctx.Done():
 	}
-	return !s.room.stuck.Load() && s.ctx.Err() == nil && ctx.Err() == nil
+	return !s.room.none(spare) && s.ctx.Err() == nil && ctx.Err() == nil
 }
 
-// full has bytes given up when err says that the disk is full.
-func (s *Store) full(err error) {
-	if !isFull(err) {
-		return
-	}
-	s.room.pressed.Store(true)
-	if !s.room.stuck.Load() {
-		s.wakeRoom()
+// full has bytes given up when err says that the disk is full, only spare ones when
+// those that it did not take are.
+func (s *Store) full(err error, spare bool) {
+	if isFull(err) {
+		s.room.pressed.Store(true)
+		s.need(spare)
 	}
 }
 
@@ -146,8 +172,11 @@ func (s *Store) makeRoom() {
 	case <-s.ctx.Done():
 	}
 	for s.ctx.Err() == nil {
-		if need := s.excess(); need > 0 && !s.room.held.Load() {
-			s.evict(need)
+		if !s.room.held.Load() {
+			spare := !s.room.wanted.Swap(false) // before it is seen how full the store is
+			if need := s.excess(); need > 0 {
+				s.evict(need, spare)
+			}
 		}
 		s.room.looked()
 		select {
@@ -168,14 +197,16 @@ type victim struct {
 // segment that come meanwhile, and have to fetch, wait for that.
 const evictStep = 16
 
-// evict gives need bytes up, or all that may go.
-func (s *Store) evict(need int64) {
+// evict gives need bytes up, or all that may go: only spare ones, as long as no other
+// class than the one that yields needs room.
+func (s *Store) evict(need int64, spare bool) {
 	tried := map[victim]bool{}
 	for need > 0 && s.ctx.Err() == nil {
 		retries := s.room.retries.Load()
-		steps := group(s.pick(need, tried))
+		spare = !s.room.wanted.Swap(false) && spare
+		steps := group(s.pick(need, spare, tried))
 		if len(steps) == 0 {
-			s.noRoom(retries)
+			s.noRoom(retries, spare)
 			return
 		}
 		for _, step := range steps {
@@ -190,20 +221,31 @@ func (s *Store) evict(need int64) {
 	}
 	s.room.pressed.Store(false)
 	s.room.stuck.Store(false)
+	s.room.spent.Store(false)
 	s.room.told.Store(false)
 }
 
-// noRoom ends an eviction that has found too little after so many retries. When there
-// was another one since it looked, more may go by now.
-func (s *Store) noRoom(retries int64) {
-	s.room.stuck.Store(true)
+// noRoom ends an eviction, maybe of spare bytes only, that has found too little after
+// so many retries. When there was another one since it looked, more may go by now, and
+// so it may when others need room.
+func (s *Store) noRoom(retries int64, spare bool) {
+	s.room.spent.Store(true)
+	if !spare {
+		s.room.stuck.Store(true)
+		s.room.wanted.Store(true)
+	}
 	if s.room.retries.Load() != retries {
+		s.room.spent.Store(false)
 		s.room.stuck.Store(false)
 		s.wakeRoom()
 		return
 	}
+	if spare && s.room.wanted.Load() {
+		s.wakeRoom()
+		return
+	}
 	s.room.pressed.Store(false)
-	if !s.room.told.Swap(true) {
+	if !spare && !s.room.told.Swap(true) {
 		s.log.Warn("the store is full of what is open or pinned; what is fetched now is not kept",
 			"dir", s.cfg.Dir, "used", s.usage.used.Load(), "quota", s.cfg.Quota)
 	}
@@ -240,12 +282,31 @@ func group(victims []replace.Candidate[victim]) [][]victim {
 	return out
 }
 
-// pick chooses what goes, leaving out what was tried.
-func (s *Store) pick(need int64, tried map[victim]bool) []replace.Candidate[victim] {
+// pick chooses what goes, maybe of spare extents only, leaving out what was tried.
+func (s *Store) pick(need int64, spare bool, tried map[victim]bool) []replace.Candidate[victim] {
+	s.accountOpen()
 	s.mu.Lock()
 	all, elsewhere := s.candidates(tried)
 	s.mu.Unlock()
+	if spare {
+		all = slices.DeleteFunc(all, func(c replace.Candidate[victim]) bool { return c.Level > replace.Spare })
+	}
 	return replace.Pick(all, max(s.cfg.Quota, s.usage.used.Load()), elsewhere, need)
+}
+
+// accountOpen finds out what the segments that are read have which may make way even so.
+func (s *Store) accountOpen() {
+	var busy map[index.ID]bool
+	s.each(func(g *segment) bool {
+		if busy == nil {
+			busy = s.busy()
+		}
+		return g.users > 0 && g.dirty.Load() && !busy[g.id]
+	}, func(g *segment) {
+		g.flushMu.Lock()
+		defer g.flushMu.Unlock()
+		g.account()
+	})
 }
 
 // candidates lists what may go, and how many bytes of protected extents may not.
@@ -258,10 +319,11 @@ func (s *Store) candidates(tried map[victim]bool) (all []replace.Candidate[victi
 	for id, g := range u.segments {
 		for n, e := range g.extents {
 			v := victim{id: id, n: n}
+			open := s.isRead(id)
 			switch {
 			case e.Bytes == 0 || tried[v]:
-			case !busy[id]:
-				all = append(all, replace.Candidate[victim]{Extent: e, Key: v})
+			case !busy[id] && (!open || e.Level == replace.Spare):
+				all = append(all, replace.Candidate[victim]{Extent: e, Key: v, Open: open})
 			case e.Level == replace.Protected:
 				elsewhere += e.Bytes
 			}
@@ -275,13 +337,23 @@ func (s *Store) candidates(tried map[victim]bool) (all []replace.Candidate[victi
 	return all, elsewhere
 }
 
-// busy returns the segments of which nothing is given up: those that are read or
-// pinned, or were ingested for an image to come. Precondition: mu is held.
+// isRead says whether anybody has a segment open to read it. Precondition: mu is held.
+func (s *Store) isRead(id index.ID) bool {
+	g := s.segments[id]
+	return g != nil && g.users > 0
+}
+
+// busy returns the segments of which nothing is given up: those that are read, but for
+// those that only the class that yields reads, or pinned, or were ingested for an image
+// to come. Precondition: mu is held.
 func (s *Store) busy() map[index.ID]bool {
 	out := map[index.ID]bool{}
-	for id, g := range s.segments {
-		if g.users > 0 {
-			out[id] = true
+	for h := range s.handles {
+		if h.spare() {
+			continue
+		}
+		for k := range h.views {
+			out[h.views[k].seg.id] = true
 		}
 	}
 	for id := range s.ingested {
@@ -290,6 +362,18 @@ func (s *Store) busy() map[index.ID]bool {
 	for m := range s.pinned {
 		for _, g := range s.records[m].Segments {
 			out[g.ID] = true
+		}
+	}
+	return out
+}
+
+// inUse returns the busy segments and all that are read: what their links lead to
+// stays. Precondition: mu is held.
+func (s *Store) inUse() map[index.ID]bool {
+	out := s.busy()
+	for id := range s.segments {
+		if s.isRead(id) {
+			out[id] = true
 		}
 	}
 	return out
@@ -390,71 +474,4 @@ func (s *Store) Space() Space {
 		}
 	}
 	return out
-}
-
-// SetBatch says that this user of the image is a batch job: what only such read goes
-// first when the disk gets full.
-func (i *Image) SetBatch(batch bool) { i.h.batch.Store(batch) }
-
-// newRead has a bit for each extent of the segment, nil without Keep.
-func (g *segment) newRead() bitmap {
-	if g.use == nil {
-		return nil
-	}
-	return newBitmap(len(g.use.extents))
-}
-
-// note remembers that [off, end) of the segment was read through this view. It takes
-// no lock. Precondition: the range is not empty.
-func (v *view) note(off, end int64) {
-	if v.read == nil {
-		return
-	}
-	size := v.h.s.usage.extent
-	for e := int(off / size); e <= int((end-1)/size); e++ {
-		if !v.read.has(e) {
-			v.read.set(e)
-		}
-	}
-}
-
-// noteAll is for what is read unseen.
-func (v *view) noteAll() {
-	if v.read != nil {
-		v.note(0, v.seg.table.Size)
-	}
-}
-
-// noteUse tells, when h is closed, what was read through it: that is one use,
-// however often it was read.
-func (h *handle) noteUse() {
-	now := uint32(time.Now().Unix())
-	for k := range h.views {
-		v := &h.views[k]
-		if v.read == nil || v.read.empty() {
-			continue
-		}
-		h.s.usage.touch(v.seg.id, v.seg.use, v.read, now, h.batch.Load())
-		v.noteLinked(now)
-	}
-}
-
-// noteLinked tells the targets of links that what leads to them was read.
-func (v *view) noteLinked(now uint32) {
-	l, u := v.seg.links.Load(), v.h.s.usage
-	if l == nil {
-		return
-	}
-	reads := map[*segment]bitmap{}
-	for i, c := range v.seg.table.Chunks {
-		if t, j := l.get(i); t != nil && v.read.has(int(c.Off/u.extent)) {
-			if reads[t] == nil {
-				reads[t] = t.newRead()
-			}
-			reads[t].set(int(t.table.Chunks[j].Off / u.extent))
-		}
-	}
-	for t, read := range reads {
-		u.touch(t.id, t.use, read, now, v.h.batch.Load())
-	}
 }

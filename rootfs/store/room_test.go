@@ -74,13 +74,13 @@ func TestStuckNoLonger(t *testing.T) {
 	s := &Store{ctx: t.Context(), room: newRoom(false), usage: newUsage(1, 0), log: slog.New(slog.DiscardHandler)}
 	looked := s.room.retries.Load()
 	s.retry() // an image was closed
-	if s.noRoom(looked); s.room.stuck.Load() || len(s.room.wake) == 0 {
+	if s.noRoom(looked, false); s.room.stuck.Load() || len(s.room.wake) == 0 {
 		t.Errorf("stuck: %v, to look again: %d", s.room.stuck.Load(), len(s.room.wake))
 	}
-	if s.noRoom(s.room.retries.Load()); !s.room.stuck.Load() {
+	if s.noRoom(s.room.retries.Load(), false); !s.room.stuck.Load() {
 		t.Error("not stuck when nothing may go")
 	}
-	if s.evict(0); s.room.stuck.Load() {
+	if s.evict(0, false); s.room.stuck.Load() {
 		t.Error("stuck after enough went")
 	}
 }

@@ -52,7 +52,7 @@ type home struct {
 }
 
 func newSegment(s *Store, id index.ID, t *index.Table) *segment {
-	g := &segment{s: s, id: id, table: t, bits: newBitmap(len(t.Chunks)), durable: newBitmap(len(t.Chunks)), claims: map[int]*claim{}}
+	g := &segment{s: s, id: id, table: t, bits: newBitmap(len(t.Chunks)), durable: newBitmap(len(t.Chunks)), claims: map[int]*claim{}, ahead: newReadahead()}
 	for _, c := range t.Chunks {
 		g.missing.Add(c.Len)
 	}
@@ -114,9 +114,10 @@ func (g *segment) readHome(p []byte, off int64) error {
 	}
 }
 
-// keep writes a verified chunk to the segment's home and reports whether it has.
-// It is called without locks, by the one fetch that has claimed the chunk.
-func (g *segment) keep(i int, b []byte) (bool, error) {
+// keep writes a verified chunk to the segment's home and reports whether it has. spare
+// says that the class that yields wants it. It is called without locks, by the one
+// fetch that has claimed the chunk.
+func (g *segment) keep(i int, b []byte, spare bool) (bool, error) {
 	h := g.home.Load()
 	if h == nil {
 		return false, nil
@@ -127,12 +128,12 @@ func (g *segment) keep(i int, b []byte) (bool, error) {
 	if !h.own { // the disk has ruined a complete image, which is not written again
 		return false, nil
 	}
-	err := g.s.admit(int64(len(b)))
+	err := g.s.admit(int64(len(b)), spare)
 	if err == nil {
 		_, err = h.file.WriteAt(b, h.off+g.table.Chunks[i].Off)
 	}
 	if err != nil {
-		g.s.full(err)
+		g.s.full(err, spare)
 		g.s.stats.keepFailures.Add(1)
 		g.s.stats.keepLogged.Do(func() {
 			g.s.log.Warn("chunks cannot be kept and will be fetched again; make room", "dir", g.s.cfg.Dir, "err", err)
@@ -140,7 +141,7 @@ func (g *segment) keep(i int, b []byte) (bool, error) {
 		return false, fmt.Errorf("keep chunk %d of segment %s: %w", i, g.id, errors.Join(errdefs.ErrResourceExhausted, err))
 	}
 	g.s.usage.add(g.use, int64(len(b)))
-	g.s.checkRoom()
+	g.s.checkRoom(spare)
 	return true, nil
 }
 

@@ -22,7 +22,7 @@ func TestReadWhileMoving(t *testing.T) {
 	if err := os.WriteFile(name, plain, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	g := newSegment(&Store{mem: newMemory(0)}, "id", table)
+	g := newSegment(&Store{mem: newMemory(0, nil)}, "id", table)
 	move := func() {
 		f, err := os.Open(name)
 		if err != nil {

@@ -25,13 +25,13 @@ func (g *segment) elsewhere(i int) bool {
 // it is not there at all, so is the rest of the run.
 func (f *fetch) link() {
 	h := f.v.h
-	buf, err := h.s.mem.reserve(h.ctx, f.largest)
+	buf, err := h.s.mem.reserve(h.ctx, f.largest, f.work)
 	if err != nil {
 		return // as the attempt to come will find
 	}
 	defer h.s.mem.release(buf)
 	for f.more() && h.ctx.Err() == nil && err == nil {
-		err = f.linkNext(*buf)
+		err = f.linkNext(*buf.bytes)
 	}
 	g := f.v.seg
 	g.mu.Lock()

@@ -13,6 +13,7 @@ type Stats struct {
 	Hits, HitBytes     int64         // reads that did not wait, and their bytes
 	Misses, MissBytes  int64         // reads that waited for a fetch
 	Wait               time.Duration // of all misses together
+	Classes            []ClassStats  // the same, by the class of who read; by name
 	VerifyFailures     int64         // chunks with wrong bytes
 	KeepFailures       int64         // chunks that the disk did not take, or lost before they were synced
 	MemoryBytes        int64         // chunk buffers in use now
@@ -23,6 +24,10 @@ type Stats struct {
 	SegmentsOpen       int
 	FetchesInFlight    int64
 	BackgroundHeldBack int64 // times that Fill waited for demand reads
+
+	Replayed     int64 // bytes that Replay began to fetch
+	ReplayUsed   int64 // of those, of chunks that were read
+	ReplayWasted int64 // and of chunks that were not until the recording ended
 }
 
 // SourceStats are the counters of all sources of one name.
@@ -34,14 +39,15 @@ type SourceStats struct {
 }
 
 type counters struct {
-	hits, hitBytes, misses, missBytes, wait atomic.Int64
-	verifyFailures, keepFailures            atomic.Int64
-	sharedChunks, sharedBytes               atomic.Int64
-	fetches, ahead, heldBack                atomic.Int64 // ahead: bytes of readahead in flight
-	keepLogged, dropLogged                  sync.Once
+	verifyFailures, keepFailures       atomic.Int64
+	sharedChunks, sharedBytes          atomic.Int64
+	fetches, ahead, heldBack           atomic.Int64 // ahead: bytes of readahead in flight
+	keepLogged, dropLogged             sync.Once
+	replayed, replayUsed, replayWasted atomic.Int64
 
 	mu      sync.Mutex
 	sources map[string]*sourceCounters // protected by mu
+	classes map[string]*classCounters  // by name; protected by mu
 }
 
 type sourceCounters struct{ requests, bytes, errors atomic.Int64 }
@@ -76,13 +82,17 @@ func (s *Store) Stats() Stats {
 	s.mu.Lock()
 	images, segments := len(s.images), len(s.segments)
 	s.mu.Unlock()
-	return Stats{
-		Hits: c.hits.Load(), HitBytes: c.hitBytes.Load(),
-		Misses: c.misses.Load(), MissBytes: c.missBytes.Load(), Wait: time.Duration(c.wait.Load()),
+	out := Stats{
+		Classes:        c.classStats(),
 		VerifyFailures: c.verifyFailures.Load(), KeepFailures: c.keepFailures.Load(),
 		SharedChunks: c.sharedChunks.Load(), SharedBytes: c.sharedBytes.Load(),
 		MemoryBytes: s.mem.inUse(), Sources: c.sourceStats(),
 		ImagesOpen: images, SegmentsOpen: segments,
 		FetchesInFlight: c.fetches.Load(), BackgroundHeldBack: c.heldBack.Load(),
+		Replayed: c.replayed.Load(), ReplayUsed: c.replayUsed.Load(), ReplayWasted: c.replayWasted.Load(),
 	}
+	for i := range out.Classes {
+		out.add(&out.Classes[i])
+	}
+	return out
 }

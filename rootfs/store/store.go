@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
+	"github.com/tatami-containers/tatami/rootfs/sched"
 	"github.com/tatami-containers/tatami/rootfs/store/shared"
 )
 
@@ -35,9 +36,14 @@ type Config struct {
 	Dedup        int           // chunks that are remembered to find equal ones, about 26 bytes each, default 2 Mi with Keep; negative: none
 	Log          *slog.Logger  // default: none
 
+	// Sched says who goes first where fetches wait, for the disk and for memory; sources
+	// take from it, by sched.From, how urgent a fetch is. nil: there are no classes.
+	Sched *sched.Scheduler
+
 	// Quota bounds what segments and complete files take of the disk, in bytes; 0: only
 	// the disk does. Above High, default 95 % of it, bytes of images that nobody has
-	// open are given up until Low, default 85 %, is reached. What finds no room even so
+	// open, or that only the least of several classes has, are given up until Low, default
+	// 85 %, is reached. What finds no room even so
 	// is delivered and not kept.
 	Quota, High, Low int64
 	// Hold keeps everything until Release is called: whoever takes over mounts of an
@@ -57,6 +63,7 @@ type Store struct {
 	cfg      Config // with defaults, immutable
 	log      *slog.Logger
 	dir      layout
+	inMemory bool // dir is on a tmpfs, immutable
 	lock     *os.File
 	ctx      context.Context // ends at Close; the root of every fetch
 	cancel   context.CancelFunc
@@ -104,7 +111,7 @@ func Open(cfg Config) (*Store, error) { return open(cfg, extentSize, (*os.File).
 func open(cfg Config, extent int64, sync func(*os.File) error) (*Store, error) {
 	setDefaults(&cfg)
 	s := &Store{
-		cfg: cfg, log: cfg.Log, dir: layout(cfg.Dir), mem: newMemory(cfg.Memory),
+		cfg: cfg, log: cfg.Log, dir: layout(cfg.Dir), mem: newMemory(cfg.Memory, cfg.Sched),
 		known: newKnown(cfg.Dedup), scanned: make(chan struct{}),
 		usage: newUsage(extent, cfg.Quota), room: newRoom(cfg.Hold), surveyed: make(chan struct{}),
 		records: map[digest.Digest]record{}, images: map[digest.Digest]*image{},
@@ -169,6 +176,9 @@ func setDefaults(c *Config) {
 
 func (s *Store) openDir() (err error) {
 	if err := s.dir.make(); err != nil {
+		return err
+	}
+	if s.inMemory, err = isInMemory(s.cfg.Dir); err != nil {
 		return err
 	}
 	if s.lock, err = lockFile(filepath.Join(s.cfg.Dir, "lock")); err != nil {

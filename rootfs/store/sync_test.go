@@ -162,7 +162,7 @@ func TestIngestSyncFails(t *testing.T) {
 	check(t, old.Prefetch(context.Background(), firstChunk, miB)) // durable in the file before
 	s.Flush()
 	disk.failNext(0, 4*miB)
-	in, err := s.Ingest()
+	in, err := s.Ingest(context.Background())
 	check(t, err)
 	_, err = in.Write(seg.Plain)
 	check(t, err)

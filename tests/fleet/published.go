@@ -1,5 +1,7 @@
 package fleet
 
+import "github.com/tatami-containers/tatami/tests/chart"
+
 // published are the runs of Volcano Engine: seconds until the last of so many pods was
 // there, rounded to 5 s.
 var (
@@ -20,14 +22,14 @@ var (
 )
 
 // Published draws the model over the published runs of an image of 3 GB.
-func Published() Chart {
-	c := Chart{Title: "TensorFlow, 3 GB: the model (lines) and what Volcano Engine published (circles)", X: "pods", Y: "seconds until the last one runs"}
+func Published() chart.Chart {
+	c := chart.Chart{Title: "TensorFlow, 3 GB: the model (lines) and what Volcano Engine published (circles)", X: "pods", Y: "seconds until the last one runs"}
 	for i, p := range published[3:] {
-		model := Line{Name: p.way, Colour: i}
+		model := chart.Line{Name: p.way, Colour: i}
 		for n := 50; n <= 500; n += 25 {
 			model.Points = append(model.Points, [2]float64{float64(n), volcano(p.way, n, p.size).All()})
 		}
-		dots := Line{Name: p.way + ", published", Colour: i, Dots: true}
+		dots := chart.Line{Name: p.way + ", published", Colour: i, Dots: true}
 		for j, n := range publishedPods {
 			dots.Points = append(dots.Points, [2]float64{float64(n), p.took[j]})
 		}
@@ -37,19 +39,19 @@ func Published() Chart {
 }
 
 // Times and Bytes draw the ways over the size of the fleet.
-func Times() Chart {
+func Times() chart.Chart {
 	return overSize("An image of 1 GB, a registry of 10 Gbit/s", "seconds until the last node is ready", Result.All)
 }
 
 // Bytes draws what the registry sends.
-func Bytes() Chart {
+func Bytes() chart.Chart {
 	return overSize("An image of 1 GB: what the registry sends", "GB", func(r Result) float64 { return r.Sent / 1e9 })
 }
 
-func overSize(title, y string, value func(Result) float64) Chart {
-	c := Chart{Title: title, X: "nodes", Y: y}
+func overSize(title, y string, value func(Result) float64) chart.Chart {
+	c := chart.Chart{Title: title, X: "nodes", Y: y}
 	for i, w := range Ways() {
-		l := Line{Name: w.Name, Colour: i}
+		l := chart.Line{Name: w.Name, Colour: i}
 		for n := Sizes[0]; n <= Sizes[len(Sizes)-1]; n += 1000 {
 			l.Points = append(l.Points, [2]float64{float64(n), value(w.Run(n))})
 		}

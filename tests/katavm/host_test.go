@@ -39,6 +39,8 @@ state = %q
 discover = true
 run_dirs = [%q]
 containerd_state = %q
+[classes.online]
+fill = "none" # it is counted what is fetched
 [[snapshotter]]
 name = %q
 mode = "guest"

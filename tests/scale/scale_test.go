@@ -2,13 +2,9 @@ package scale
 
 import (
 	"context"
-	"fmt"
 	"net/http"
-	"slices"
 	"testing"
 	"time"
-
-	"github.com/opencontainers/go-digest"
 
 	"github.com/tatami-containers/tatami/tests/registrytest"
 )
@@ -86,33 +82,9 @@ func measure(t *testing.T, a *application, lazy bool, count int) cost {
 		if lazy {
 			requests = requests[1:]
 		}
-		if err := onlyOnce(requests, l.Digest, l.Size); err != nil {
+		if err := registrytest.Once(requests, l.Size); err != nil {
 			t.Error(err)
 		}
 	}
 	return c
-}
-
-// onlyOnce says which bytes of a blob were asked for twice.
-func onlyOnce(requests []registrytest.Request, d digest.Digest, size int64) error {
-	var parts [][2]int64 // first and last
-	for _, r := range requests {
-		if r.Method != http.MethodGet {
-			continue
-		}
-		first, last := int64(0), size-1
-		if r.Range != "" {
-			if _, err := fmt.Sscanf(r.Range, "bytes=%d-%d", &first, &last); err != nil {
-				return fmt.Errorf("range %q of %s: %w", r.Range, d, err)
-			}
-		}
-		parts = append(parts, [2]int64{first, last})
-	}
-	slices.SortFunc(parts, func(a, b [2]int64) int { return int(a[0] - b[0]) })
-	for i := 1; i < len(parts); i++ {
-		if parts[i][0] <= parts[i-1][1] {
-			return fmt.Errorf("%s was asked for %v and for %v", d, parts[i-1], parts[i])
-		}
-	}
-	return nil
 }

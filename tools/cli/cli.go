@@ -43,6 +43,7 @@ func commands() []command {
 		{"status", "[flags]", "show what tatami-host on this machine serves, to whom, in which mode and why", statusCommand},
 		{"pin", "[flags] REF…", "keep the bytes of images on this machine, whatever else needs the disk", pinCommand},
 		{"unpin", "[flags] REF…", "let them make way again", unpinCommand},
+		{"profile", profileUsage, "what starts of images read first: list, export, import, publish", profileCommand},
 		{"bench", "start [flags] IMAGE [-- CMD ARG…]", "compare a full pull with lazy starts, side by side", benchCommand},
 		{"version", "", "print the version", versionCommand},
 	}

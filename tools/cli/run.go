@@ -46,7 +46,7 @@ func runCommand(ctx context.Context, args []string, s Streams) (int, error) {
 	fs := flagSet("run", argsHelp, s.Err)
 	runFlags(fs, &o)
 	fs.StringVar(&o.Mode, "mode", run.Lazy, "lazy, or full: download and unpack before the start")
-	fs.StringVar(&o.Class, "class", "", "online or batch (default: the node's)")
+	fs.StringVar(&o.Class, "class", "", "`class` of the node's settings: online, batch (default: what they say)")
 	fs.StringVar(&o.Upper, "upper", "", "directory in the guest for what the container writes (default: a tmpfs)")
 	fs.StringVar(&format, "format", "text", "of the report: text or json")
 	fs.StringVar(&reportFile, "report", "", "write the report to this `FILE` (default: standard error)")

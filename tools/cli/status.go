@@ -31,6 +31,7 @@ type nodeStatus struct {
 	Sandboxes    []*api.SandboxStatus     `json:"sandboxes"`
 	Stats        *api.NodeStatsResponse   `json:"stats"`
 	Store        *api.StoreStatus         `json:"store"`
+	Schedule     *api.ScheduleStatus      `json:"schedule"`
 }
 
 func statusCommand(ctx context.Context, args []string, s Streams) (int, error) {
@@ -74,7 +75,7 @@ func askStatus(ctx context.Context, socket string) (*nodeStatus, error) {
 	if err != nil {
 		return nil, wireerr.FromStatus(err)
 	}
-	return &nodeStatus{st.Snapshotters, st.Sandboxes, stats, st.Store}, nil
+	return &nodeStatus{st.Snapshotters, st.Sandboxes, stats, st.Store, st.Schedule}, nil
 }
 
 // print writes tables: what serves, what containers have, what else was found.
@@ -83,6 +84,7 @@ func (st *nodeStatus) print(out io.Writer) error {
 	fmt.Fprintf(w, "images %d, sandboxes %d, from registries %s, to sandboxes %s\n",
 		st.Stats.Images, st.Stats.Sandboxes, mib(st.Stats.RegistryBytes), mib(st.Stats.RelayBytes))
 	printStore(w, st.Store)
+	printSchedule(w, st.Schedule)
 	if len(st.Snapshotters) > 0 {
 		fmt.Fprintln(w, "\nSNAPSHOTTER\tMODE\tLAZY LAYERS\tSOCKET")
 	}
@@ -91,12 +93,12 @@ func (st *nodeStatus) print(out io.Writer) error {
 	}
 	st.printSnapshots(w)
 	if len(st.Sandboxes) > 0 {
-		fmt.Fprintln(w, "\nSANDBOX\tMACHINE\tVIRTIO-FS\tCONTAINER\tIMAGE\tCLASS")
+		fmt.Fprintln(w, "\nSANDBOX\tMACHINE\tVIRTIO-FS\tCONTAINER\tIMAGE\tCLASS\tBECAUSE")
 	}
 	for _, b := range st.Sandboxes {
-		fmt.Fprintf(w, "%s\t%s\t%s\t\t\t\n", b.Id, b.Identity, cmp.Or(b.VirtioFs, "-"))
+		fmt.Fprintf(w, "%s\t%s\t%s\t\t\t\t\n", b.Id, b.Identity, cmp.Or(b.VirtioFs, "-"))
 		for _, c := range b.Containers {
-			fmt.Fprintf(w, "\t\t\t%s\t%s\t%s\n", c.Id, c.Reference, c.Class)
+			fmt.Fprintf(w, "\t\t\t%s\t%s\t%s\t%s\n", c.Id, c.Reference, c.Class, oneLine(c.ClassReason))
 		}
 	}
 	return w.Flush()
@@ -105,12 +107,13 @@ func (st *nodeStatus) print(out io.Writer) error {
 // printSnapshots lists containers' snapshots, and layers that are not lazy, with
 // the reason.
 func (st *nodeStatus) printSnapshots(w io.Writer) {
-	head := "\nSNAPSHOT\tKIND\tMODE\tIMAGE\tREASON\n"
+	head := "\nSNAPSHOT\tKIND\tMODE\tIMAGE\tCLASS\tBECAUSE\tREASON\n"
 	for _, s := range st.Snapshotters {
 		for _, e := range s.Snapshots {
 			fmt.Fprint(w, head)
 			head = ""
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", e.Key, e.Kind, cmp.Or(e.Mode, "full"), cmp.Or(e.Reference, "-"), oneLine(e.Reason))
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Key, e.Kind, cmp.Or(e.Mode, "full"), cmp.Or(e.Reference, "-"),
+				cmp.Or(e.Class, "-"), cmp.Or(oneLine(e.ClassReason), "-"), oneLine(e.Reason))
 		}
 		if s.LeftOut > 0 {
 			fmt.Fprintf(w, "… and %d more of snapshotter %s\n", s.LeftOut, s.Name)

@@ -1,21 +1,12 @@
 package imageindex
 
 import (
-	"bufio"
-	"errors"
 	"fmt"
-	"io"
 	"os"
-	"strings"
-
-	"github.com/containerd/errdefs"
 
 	"github.com/tatami-containers/tatami/rootfs/index"
-	"github.com/tatami-containers/tatami/rootfs/layer/tarball"
+	"github.com/tatami-containers/tatami/rootfs/pathlist"
 )
-
-// maxProfile bounds the paths of a profile.
-const maxProfile = 1 << 20
 
 // ReadProfile reads a plain list of paths, one a line, as stargz-snapshotter and
 // nydus use them. Empty lines and those that begin with # do not count.
@@ -25,41 +16,16 @@ func ReadProfile(name string) ([]string, error) {
 		return nil, fmt.Errorf("read profile: %w", err)
 	}
 	defer file.Close()
-	paths, err := parseProfile(file)
+	paths, err := pathlist.Read(file)
 	if err != nil {
 		return nil, fmt.Errorf("read profile %s: %w", name, err)
 	}
 	return paths, nil
 }
 
-func parseProfile(r io.Reader) ([]string, error) {
-	var paths []string
-	lines := bufio.NewScanner(r)
-	n := 1
-	for ; lines.Scan(); n++ {
-		text := strings.TrimSpace(lines.Text())
-		if text == "" || text[0] == '#' {
-			continue
-		}
-		path, err := tarball.Clean(text)
-		if err != nil || len(paths) == maxProfile {
-			return nil, fmt.Errorf("line %d: not one of up to %d paths: %w", n, maxProfile, errdefs.ErrInvalidArgument)
-		}
-		paths = append(paths, path)
-	}
-	err := lines.Err()
-	if errors.Is(err, bufio.ErrTooLong) {
-		err = fmt.Errorf("line %d: %w: %w", n, err, errdefs.ErrInvalidArgument)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return paths, nil
-}
-
 // prefetch finds the files of a profile among a layer's entries. Files that
 // follow each other in the segment make one range.
-func prefetch(entries []index.Entry, profile []string) []index.Range {
+func prefetch(entries []index.Entry, paths []string) []index.Range {
 	files := map[string]*index.Entry{}
 	for i := range entries {
 		if e := &entries[i]; e.Kind == index.File && e.Size > 0 {
@@ -67,7 +33,7 @@ func prefetch(entries []index.Entry, profile []string) []index.Range {
 		}
 	}
 	var out []index.Range
-	for _, path := range profile {
+	for _, path := range paths {
 		e := files[path]
 		if e == nil {
 			continue

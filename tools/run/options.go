@@ -42,7 +42,7 @@ type Options struct {
 	Mode     string // Lazy or Full
 	Source   string // SourceAuto and so on; for Mode Lazy
 	Platform string // "linux/amd64"; the machine's own when empty
-	Class    string // "online" or "batch"; the node's default when empty
+	Class    string // one of the node's; its default when empty
 
 	Root   string // state of the node's daemon
 	Socket string // control socket of a tatami-host that runs already
@@ -105,7 +105,6 @@ func (o *Options) validate() error {
 		{"--vm", o.VM, []string{QEMU, None}},
 		{"--mode", o.Mode, []string{Lazy, Full}},
 		{"--source", o.Source, []string{SourceAuto, SourceVirtioFS, SourceRelay, SourceRegistry}},
-		{"--class", o.Class, []string{"", "online", "batch"}},
 		{"--accel", o.Accel, []string{"auto", "kvm", "tcg"}},
 		{"--mount-path", o.MountPath, []string{"auto", "file", "loop"}},
 	} {

@@ -170,7 +170,7 @@ func (r *runner) prepareAndBoot(ctx context.Context) error {
 		return err
 	}
 	_, err := r.node.AddContainer(ctx, &api.AddContainerRequest{
-		Sandbox: r.id, ContainerId: r.id, Reference: r.o.Image, Platform: r.o.Platform, Class: r.o.Class})
+		Sandbox: r.id, ContainerId: r.id, Reference: r.o.Image, Platform: r.o.Platform, Class: r.o.Class, Args: r.o.Args})
 	if err != nil {
 		return r.nodeError("tell the node of the container", err)
 	}
@@ -181,7 +181,7 @@ func (r *runner) prepare(ctx context.Context) error {
 	p := showProgress(ctx, r.o.Progress, r.node, r.o.Image)
 	defer p.close()
 	from := r.t.since()
-	resp, err := r.node.Prepare(ctx, &api.PrepareRequest{Reference: r.o.Image, Platform: r.o.Platform})
+	resp, err := r.node.Prepare(ctx, &api.PrepareRequest{Reference: r.o.Image, Platform: r.o.Platform, Class: r.o.Class})
 	if err != nil {
 		return r.nodeError("prepare "+r.o.Image, err)
 	}

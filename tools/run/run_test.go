@@ -21,7 +21,6 @@ func TestOptions(t *testing.T) {
 		{"no image", Options{}, "no image"},
 		{"place", Options{Image: "x", VM: "moon"}, "moon"},
 		{"mode", Options{Image: "x", Mode: "half"}, "half"},
-		{"class", Options{Image: "x", Class: "vip"}, "vip"},
 		{"accelerator", Options{Image: "x", Accel: "hax"}, "hax"},
 		{"mount path", Options{Image: "x", MountPath: "nfs"}, "nfs"},
 		{"memory", Options{Image: "x", MemoryMiB: 64}, "64 MiB"},

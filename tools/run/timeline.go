@@ -64,11 +64,12 @@ type GuestReport struct {
 	VerifyFailures int64            `json:"verify_failures"`
 	Resident       int64            `json:"resident_bytes"`
 	Restarts       int64            `json:"restarts"`
+	Replayed       int64            `json:"replayed_bytes"`
 }
 
 func guestReport(s *api.StatsResponse) *GuestReport {
 	g := &GuestReport{Hits: s.Hits, Misses: s.Misses, WaitSeconds: float64(s.WaitUs) / 1e6,
-		VerifyFailures: s.VerifyFailures, Resident: s.ResidentBytes, Restarts: s.Restarts,
+		VerifyFailures: s.VerifyFailures, Resident: s.ResidentBytes, Restarts: s.Restarts, Replayed: s.ReplayedBytes,
 		Sources: map[string]int64{}, Requests: map[string]int64{}}
 	for _, src := range s.Sources {
 		g.Sources[src.Name], g.Requests[src.Name] = src.Bytes, src.Requests

@@ -766,9 +766,14 @@ type StatsResponse struct {
 	// Resident memory of the serving process in bytes.
 	ResidentBytes int64 `protobuf:"varint,8,opt,name=resident_bytes,json=residentBytes,proto3" json:"resident_bytes,omitempty"`
 	// How often the serving process was started again.
-	Restarts      int64 `protobuf:"varint,9,opt,name=restarts,proto3" json:"restarts,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Restarts int64 `protobuf:"varint,9,opt,name=restarts,proto3" json:"restarts,omitempty"`
+	// Bytes that were fetched because earlier starts read them; of those, what was read
+	// and what was not until the container had started.
+	ReplayedBytes     int64 `protobuf:"varint,10,opt,name=replayed_bytes,json=replayedBytes,proto3" json:"replayed_bytes,omitempty"`
+	ReplayUsedBytes   int64 `protobuf:"varint,11,opt,name=replay_used_bytes,json=replayUsedBytes,proto3" json:"replay_used_bytes,omitempty"`
+	ReplayWastedBytes int64 `protobuf:"varint,12,opt,name=replay_wasted_bytes,json=replayWastedBytes,proto3" json:"replay_wasted_bytes,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *StatsResponse) Reset() {
@@ -860,6 +865,27 @@ func (x *StatsResponse) GetResidentBytes() int64 {
 func (x *StatsResponse) GetRestarts() int64 {
 	if x != nil {
 		return x.Restarts
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetReplayedBytes() int64 {
+	if x != nil {
+		return x.ReplayedBytes
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetReplayUsedBytes() int64 {
+	if x != nil {
+		return x.ReplayUsedBytes
+	}
+	return 0
+}
+
+func (x *StatsResponse) GetReplayWastedBytes() int64 {
+	if x != nil {
+		return x.ReplayWastedBytes
 	}
 	return 0
 }
@@ -1087,7 +1113,7 @@ const file_v1_guest_proto_rawDesc = "" +
 	"\apresent\x18\a \x01(\x03R\apresent\x12\x1a\n" +
 	"\bcomplete\x18\b \x01(\bR\bcomplete\x12\x16\n" +
 	"\x06source\x18\t \x01(\tR\x06source\"\x0e\n" +
-	"\fStatsRequest\"\xae\x02\n" +
+	"\fStatsRequest\"\xb1\x03\n" +
 	"\rStatsResponse\x12\x12\n" +
 	"\x04hits\x18\x01 \x01(\x03R\x04hits\x12\x1b\n" +
 	"\thit_bytes\x18\x02 \x01(\x03R\bhitBytes\x12\x16\n" +
@@ -1098,7 +1124,11 @@ const file_v1_guest_proto_rawDesc = "" +
 	"\asources\x18\x06 \x03(\v2\x16.tatami.v1.SourceStatsR\asources\x12'\n" +
 	"\x0fverify_failures\x18\a \x01(\x03R\x0everifyFailures\x12%\n" +
 	"\x0eresident_bytes\x18\b \x01(\x03R\rresidentBytes\x12\x1a\n" +
-	"\brestarts\x18\t \x01(\x03R\brestarts\"k\n" +
+	"\brestarts\x18\t \x01(\x03R\brestarts\x12%\n" +
+	"\x0ereplayed_bytes\x18\n" +
+	" \x01(\x03R\rreplayedBytes\x12*\n" +
+	"\x11replay_used_bytes\x18\v \x01(\x03R\x0freplayUsedBytes\x12.\n" +
+	"\x13replay_wasted_bytes\x18\f \x01(\x03R\x11replayWastedBytes\"k\n" +
 	"\vSourceStats\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brequests\x18\x02 \x01(\x03R\brequests\x12\x14\n" +

@@ -75,10 +75,18 @@ type DescribeResponse struct {
 	// The repository under which the relay serves it: "library/debian".
 	Repository     string `protobuf:"bytes,2,opt,name=repository,proto3" json:"repository,omitempty"`
 	ManifestDigest string `protobuf:"bytes,3,opt,name=manifest_digest,json=manifestDigest,proto3" json:"manifest_digest,omitempty"`
-	// "online" or "batch".
+	// "online", "batch", or another of the node's settings.
 	Class string `protobuf:"bytes,4,opt,name=class,proto3" json:"class,omitempty"`
 	// "host", "image" or "signed": which index the guest may accept.
-	Trust         string `protobuf:"bytes,5,opt,name=trust,proto3" json:"trust,omitempty"`
+	Trust string `protobuf:"bytes,5,opt,name=trust,proto3" json:"trust,omitempty"`
+	// What earlier starts of this image read: byte ranges of the image file in the
+	// order in which they will be wanted, none twice.
+	Profile []*Range `protobuf:"bytes,6,rep,name=profile,proto3" json:"profile,omitempty"`
+	// How many bytes of the profile the guest may have fetched and not yet read.
+	ProfileBudget int64 `protobuf:"varint,7,opt,name=profile_budget,json=profileBudget,proto3" json:"profile_budget,omitempty"`
+	// How long after the mount the guest shall note what is read, in microseconds; 0:
+	// not at all.
+	RecordUs      int64 `protobuf:"varint,8,opt,name=record_us,json=recordUs,proto3" json:"record_us,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -148,18 +156,221 @@ func (x *DescribeResponse) GetTrust() string {
 	return ""
 }
 
+func (x *DescribeResponse) GetProfile() []*Range {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+func (x *DescribeResponse) GetProfileBudget() int64 {
+	if x != nil {
+		return x.ProfileBudget
+	}
+	return 0
+}
+
+func (x *DescribeResponse) GetRecordUs() int64 {
+	if x != nil {
+		return x.RecordUs
+	}
+	return 0
+}
+
+type RecordStartRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	// Byte ranges of the image file in the order in which they were first read. At
+	// most 3,072, so that the request fits into the 64 KiB that the node takes.
+	Ranges []*Range `protobuf:"bytes,2,rep,name=ranges,proto3" json:"ranges,omitempty"`
+	// When each of the ranges was first read, in milliseconds since the mount. May be
+	// left out; else as many as ranges.
+	AfterMs       []uint32 `protobuf:"varint,3,rep,packed,name=after_ms,json=afterMs,proto3" json:"after_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecordStartRequest) Reset() {
+	*x = RecordStartRequest{}
+	mi := &file_v1_host_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecordStartRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecordStartRequest) ProtoMessage() {}
+
+func (x *RecordStartRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecordStartRequest.ProtoReflect.Descriptor instead.
+func (*RecordStartRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RecordStartRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *RecordStartRequest) GetRanges() []*Range {
+	if x != nil {
+		return x.Ranges
+	}
+	return nil
+}
+
+func (x *RecordStartRequest) GetAfterMs() []uint32 {
+	if x != nil {
+		return x.AfterMs
+	}
+	return nil
+}
+
+type RecordStartResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecordStartResponse) Reset() {
+	*x = RecordStartResponse{}
+	mi := &file_v1_host_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecordStartResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecordStartResponse) ProtoMessage() {}
+
+func (x *RecordStartResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecordStartResponse.ProtoReflect.Descriptor instead.
+func (*RecordStartResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{3}
+}
+
+type AwaitReadyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitReadyRequest) Reset() {
+	*x = AwaitReadyRequest{}
+	mi := &file_v1_host_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitReadyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitReadyRequest) ProtoMessage() {}
+
+func (x *AwaitReadyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitReadyRequest.ProtoReflect.Descriptor instead.
+func (*AwaitReadyRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *AwaitReadyRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+type AwaitReadyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitReadyResponse) Reset() {
+	*x = AwaitReadyResponse{}
+	mi := &file_v1_host_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitReadyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitReadyResponse) ProtoMessage() {}
+
+func (x *AwaitReadyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitReadyResponse.ProtoReflect.Descriptor instead.
+func (*AwaitReadyResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{5}
+}
+
 type PrepareRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Reference string                 `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
 	// "linux/amd64"; the node's own when empty.
-	Platform      string `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`
+	Platform string `protobuf:"bytes,2,opt,name=platform,proto3" json:"platform,omitempty"`
+	// For containers of which class; the node's default when empty.
+	Class         string `protobuf:"bytes,3,opt,name=class,proto3" json:"class,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PrepareRequest) Reset() {
 	*x = PrepareRequest{}
-	mi := &file_v1_host_proto_msgTypes[2]
+	mi := &file_v1_host_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -171,7 +382,7 @@ func (x *PrepareRequest) String() string {
 func (*PrepareRequest) ProtoMessage() {}
 
 func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[2]
+	mi := &file_v1_host_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -184,7 +395,7 @@ func (x *PrepareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareRequest.ProtoReflect.Descriptor instead.
 func (*PrepareRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{2}
+	return file_v1_host_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PrepareRequest) GetReference() string {
@@ -197,6 +408,13 @@ func (x *PrepareRequest) GetReference() string {
 func (x *PrepareRequest) GetPlatform() string {
 	if x != nil {
 		return x.Platform
+	}
+	return ""
+}
+
+func (x *PrepareRequest) GetClass() string {
+	if x != nil {
+		return x.Class
 	}
 	return ""
 }
@@ -222,7 +440,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_v1_host_proto_msgTypes[3]
+	mi := &file_v1_host_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -234,7 +452,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[3]
+	mi := &file_v1_host_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -247,7 +465,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{3}
+	return file_v1_host_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PrepareResponse) GetManifestDigest() string {
@@ -315,7 +533,7 @@ type ProgressRequest struct {
 
 func (x *ProgressRequest) Reset() {
 	*x = ProgressRequest{}
-	mi := &file_v1_host_proto_msgTypes[4]
+	mi := &file_v1_host_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -327,7 +545,7 @@ func (x *ProgressRequest) String() string {
 func (*ProgressRequest) ProtoMessage() {}
 
 func (x *ProgressRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[4]
+	mi := &file_v1_host_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -340,7 +558,7 @@ func (x *ProgressRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProgressRequest.ProtoReflect.Descriptor instead.
 func (*ProgressRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{4}
+	return file_v1_host_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ProgressRequest) GetReference() string {
@@ -362,7 +580,7 @@ type ProgressResponse struct {
 
 func (x *ProgressResponse) Reset() {
 	*x = ProgressResponse{}
-	mi := &file_v1_host_proto_msgTypes[5]
+	mi := &file_v1_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -374,7 +592,7 @@ func (x *ProgressResponse) String() string {
 func (*ProgressResponse) ProtoMessage() {}
 
 func (x *ProgressResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[5]
+	mi := &file_v1_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -387,7 +605,7 @@ func (x *ProgressResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProgressResponse.ProtoReflect.Descriptor instead.
 func (*ProgressResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{5}
+	return file_v1_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ProgressResponse) GetPhase() string {
@@ -426,7 +644,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_v1_host_proto_msgTypes[6]
+	mi := &file_v1_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -438,7 +656,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[6]
+	mi := &file_v1_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -451,7 +669,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_v1_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AttachRequest) GetSandbox() string {
@@ -490,7 +708,7 @@ type AttachResponse struct {
 
 func (x *AttachResponse) Reset() {
 	*x = AttachResponse{}
-	mi := &file_v1_host_proto_msgTypes[7]
+	mi := &file_v1_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -502,7 +720,7 @@ func (x *AttachResponse) String() string {
 func (*AttachResponse) ProtoMessage() {}
 
 func (x *AttachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[7]
+	mi := &file_v1_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -515,7 +733,7 @@ func (x *AttachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachResponse.ProtoReflect.Descriptor instead.
 func (*AttachResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{7}
+	return file_v1_host_proto_rawDescGZIP(), []int{11}
 }
 
 type DetachRequest struct {
@@ -527,7 +745,7 @@ type DetachRequest struct {
 
 func (x *DetachRequest) Reset() {
 	*x = DetachRequest{}
-	mi := &file_v1_host_proto_msgTypes[8]
+	mi := &file_v1_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -539,7 +757,7 @@ func (x *DetachRequest) String() string {
 func (*DetachRequest) ProtoMessage() {}
 
 func (x *DetachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[8]
+	mi := &file_v1_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -552,7 +770,7 @@ func (x *DetachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachRequest.ProtoReflect.Descriptor instead.
 func (*DetachRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{8}
+	return file_v1_host_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DetachRequest) GetSandbox() string {
@@ -570,7 +788,7 @@ type DetachResponse struct {
 
 func (x *DetachResponse) Reset() {
 	*x = DetachResponse{}
-	mi := &file_v1_host_proto_msgTypes[9]
+	mi := &file_v1_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -582,7 +800,7 @@ func (x *DetachResponse) String() string {
 func (*DetachResponse) ProtoMessage() {}
 
 func (x *DetachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[9]
+	mi := &file_v1_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -595,23 +813,25 @@ func (x *DetachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachResponse.ProtoReflect.Descriptor instead.
 func (*DetachResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{9}
+	return file_v1_host_proto_rawDescGZIP(), []int{13}
 }
 
 type AddContainerRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Sandbox       string                 `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
-	ContainerId   string                 `protobuf:"bytes,2,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
-	Reference     string                 `protobuf:"bytes,3,opt,name=reference,proto3" json:"reference,omitempty"`
-	Platform      string                 `protobuf:"bytes,4,opt,name=platform,proto3" json:"platform,omitempty"`
-	Class         string                 `protobuf:"bytes,5,opt,name=class,proto3" json:"class,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox     string                 `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	ContainerId string                 `protobuf:"bytes,2,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	Reference   string                 `protobuf:"bytes,3,opt,name=reference,proto3" json:"reference,omitempty"`
+	Platform    string                 `protobuf:"bytes,4,opt,name=platform,proto3" json:"platform,omitempty"`
+	Class       string                 `protobuf:"bytes,5,opt,name=class,proto3" json:"class,omitempty"`
+	// The words of the command, by which profiles of one image are told apart.
+	Args          []string `protobuf:"bytes,6,rep,name=args,proto3" json:"args,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AddContainerRequest) Reset() {
 	*x = AddContainerRequest{}
-	mi := &file_v1_host_proto_msgTypes[10]
+	mi := &file_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -623,7 +843,7 @@ func (x *AddContainerRequest) String() string {
 func (*AddContainerRequest) ProtoMessage() {}
 
 func (x *AddContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[10]
+	mi := &file_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -636,7 +856,7 @@ func (x *AddContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddContainerRequest.ProtoReflect.Descriptor instead.
 func (*AddContainerRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{10}
+	return file_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AddContainerRequest) GetSandbox() string {
@@ -674,6 +894,13 @@ func (x *AddContainerRequest) GetClass() string {
 	return ""
 }
 
+func (x *AddContainerRequest) GetArgs() []string {
+	if x != nil {
+		return x.Args
+	}
+	return nil
+}
+
 type AddContainerResponse struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	ManifestDigest string                 `protobuf:"bytes,1,opt,name=manifest_digest,json=manifestDigest,proto3" json:"manifest_digest,omitempty"`
@@ -683,7 +910,7 @@ type AddContainerResponse struct {
 
 func (x *AddContainerResponse) Reset() {
 	*x = AddContainerResponse{}
-	mi := &file_v1_host_proto_msgTypes[11]
+	mi := &file_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -695,7 +922,7 @@ func (x *AddContainerResponse) String() string {
 func (*AddContainerResponse) ProtoMessage() {}
 
 func (x *AddContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[11]
+	mi := &file_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -708,7 +935,7 @@ func (x *AddContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddContainerResponse.ProtoReflect.Descriptor instead.
 func (*AddContainerResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{11}
+	return file_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AddContainerResponse) GetManifestDigest() string {
@@ -726,7 +953,7 @@ type NodeStatsRequest struct {
 
 func (x *NodeStatsRequest) Reset() {
 	*x = NodeStatsRequest{}
-	mi := &file_v1_host_proto_msgTypes[12]
+	mi := &file_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +965,7 @@ func (x *NodeStatsRequest) String() string {
 func (*NodeStatsRequest) ProtoMessage() {}
 
 func (x *NodeStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[12]
+	mi := &file_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +978,7 @@ func (x *NodeStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatsRequest.ProtoReflect.Descriptor instead.
 func (*NodeStatsRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{12}
+	return file_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 type NodeStatsResponse struct {
@@ -762,13 +989,17 @@ type NodeStatsResponse struct {
 	RelayBytes    int64 `protobuf:"varint,3,opt,name=relay_bytes,json=relayBytes,proto3" json:"relay_bytes,omitempty"`
 	Images        int64 `protobuf:"varint,4,opt,name=images,proto3" json:"images,omitempty"`
 	Sandboxes     int64 `protobuf:"varint,5,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	// Start-up profiles that are being replayed, and bytes that were fetched so, or were
+	// there.
+	Replays       int64 `protobuf:"varint,6,opt,name=replays,proto3" json:"replays,omitempty"`
+	ReplayedBytes int64 `protobuf:"varint,7,opt,name=replayed_bytes,json=replayedBytes,proto3" json:"replayed_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeStatsResponse) Reset() {
 	*x = NodeStatsResponse{}
-	mi := &file_v1_host_proto_msgTypes[13]
+	mi := &file_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -780,7 +1011,7 @@ func (x *NodeStatsResponse) String() string {
 func (*NodeStatsResponse) ProtoMessage() {}
 
 func (x *NodeStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[13]
+	mi := &file_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -793,7 +1024,7 @@ func (x *NodeStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatsResponse.ProtoReflect.Descriptor instead.
 func (*NodeStatsResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_v1_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *NodeStatsResponse) GetStore() *StatsResponse {
@@ -831,6 +1062,20 @@ func (x *NodeStatsResponse) GetSandboxes() int64 {
 	return 0
 }
 
+func (x *NodeStatsResponse) GetReplays() int64 {
+	if x != nil {
+		return x.Replays
+	}
+	return 0
+}
+
+func (x *NodeStatsResponse) GetReplayedBytes() int64 {
+	if x != nil {
+		return x.ReplayedBytes
+	}
+	return 0
+}
+
 type RemoveRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	ManifestDigest string                 `protobuf:"bytes,1,opt,name=manifest_digest,json=manifestDigest,proto3" json:"manifest_digest,omitempty"`
@@ -840,7 +1085,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_v1_host_proto_msgTypes[14]
+	mi := &file_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +1097,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[14]
+	mi := &file_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +1110,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RemoveRequest) GetManifestDigest() string {
@@ -883,7 +1128,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_v1_host_proto_msgTypes[15]
+	mi := &file_v1_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -895,7 +1140,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[15]
+	mi := &file_v1_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -908,7 +1153,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_v1_host_proto_rawDescGZIP(), []int{19}
 }
 
 type PinRequest struct {
@@ -921,7 +1166,7 @@ type PinRequest struct {
 
 func (x *PinRequest) Reset() {
 	*x = PinRequest{}
-	mi := &file_v1_host_proto_msgTypes[16]
+	mi := &file_v1_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -933,7 +1178,7 @@ func (x *PinRequest) String() string {
 func (*PinRequest) ProtoMessage() {}
 
 func (x *PinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[16]
+	mi := &file_v1_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -946,7 +1191,7 @@ func (x *PinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PinRequest.ProtoReflect.Descriptor instead.
 func (*PinRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_v1_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PinRequest) GetReference() string {
@@ -964,7 +1209,7 @@ type PinResponse struct {
 
 func (x *PinResponse) Reset() {
 	*x = PinResponse{}
-	mi := &file_v1_host_proto_msgTypes[17]
+	mi := &file_v1_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -976,7 +1221,7 @@ func (x *PinResponse) String() string {
 func (*PinResponse) ProtoMessage() {}
 
 func (x *PinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[17]
+	mi := &file_v1_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -989,7 +1234,7 @@ func (x *PinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PinResponse.ProtoReflect.Descriptor instead.
 func (*PinResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_v1_host_proto_rawDescGZIP(), []int{21}
 }
 
 type UnpinRequest struct {
@@ -1002,7 +1247,7 @@ type UnpinRequest struct {
 
 func (x *UnpinRequest) Reset() {
 	*x = UnpinRequest{}
-	mi := &file_v1_host_proto_msgTypes[18]
+	mi := &file_v1_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1014,7 +1259,7 @@ func (x *UnpinRequest) String() string {
 func (*UnpinRequest) ProtoMessage() {}
 
 func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[18]
+	mi := &file_v1_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1027,7 +1272,7 @@ func (x *UnpinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinRequest.ProtoReflect.Descriptor instead.
 func (*UnpinRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_v1_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UnpinRequest) GetReference() string {
@@ -1045,7 +1290,7 @@ type UnpinResponse struct {
 
 func (x *UnpinResponse) Reset() {
 	*x = UnpinResponse{}
-	mi := &file_v1_host_proto_msgTypes[19]
+	mi := &file_v1_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1057,7 +1302,7 @@ func (x *UnpinResponse) String() string {
 func (*UnpinResponse) ProtoMessage() {}
 
 func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[19]
+	mi := &file_v1_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1070,7 +1315,7 @@ func (x *UnpinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnpinResponse.ProtoReflect.Descriptor instead.
 func (*UnpinResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_v1_host_proto_rawDescGZIP(), []int{23}
 }
 
 type StatusRequest struct {
@@ -1081,7 +1326,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_v1_host_proto_msgTypes[20]
+	mi := &file_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1093,7 +1338,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[20]
+	mi := &file_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1106,7 +1351,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 type StatusResponse struct {
@@ -1114,13 +1359,14 @@ type StatusResponse struct {
 	Snapshotters  []*SnapshotterStatus   `protobuf:"bytes,1,rep,name=snapshotters,proto3" json:"snapshotters,omitempty"`
 	Sandboxes     []*SandboxStatus       `protobuf:"bytes,2,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
 	Store         *StoreStatus           `protobuf:"bytes,3,opt,name=store,proto3" json:"store,omitempty"`
+	Schedule      *ScheduleStatus        `protobuf:"bytes,4,opt,name=schedule,proto3" json:"schedule,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_v1_host_proto_msgTypes[21]
+	mi := &file_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1132,7 +1378,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[21]
+	mi := &file_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1145,7 +1391,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{21}
+	return file_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StatusResponse) GetSnapshotters() []*SnapshotterStatus {
@@ -1167,6 +1413,408 @@ func (x *StatusResponse) GetStore() *StoreStatus {
 		return x.Store
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetSchedule() *ScheduleStatus {
+	if x != nil {
+		return x.Schedule
+	}
+	return nil
+}
+
+// ScheduleStatus is who waits for what, and what everybody got.
+type ScheduleStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Without it, everything goes in the order in which it comes.
+	Enabled bool `protobuf:"varint,1,opt,name=enabled,proto3" json:"enabled,omitempty"`
+	// The most important one first.
+	Classes       []*ClassStatus `protobuf:"bytes,2,rep,name=classes,proto3" json:"classes,omitempty"`
+	Queues        []*QueueStatus `protobuf:"bytes,3,rep,name=queues,proto3" json:"queues,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScheduleStatus) Reset() {
+	*x = ScheduleStatus{}
+	mi := &file_v1_host_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScheduleStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScheduleStatus) ProtoMessage() {}
+
+func (x *ScheduleStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScheduleStatus.ProtoReflect.Descriptor instead.
+func (*ScheduleStatus) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ScheduleStatus) GetEnabled() bool {
+	if x != nil {
+		return x.Enabled
+	}
+	return false
+}
+
+func (x *ScheduleStatus) GetClasses() []*ClassStatus {
+	if x != nil {
+		return x.Classes
+	}
+	return nil
+}
+
+func (x *ScheduleStatus) GetQueues() []*QueueStatus {
+	if x != nil {
+		return x.Queues
+	}
+	return nil
+}
+
+// ClassStatus is a class as the settings have it.
+type ClassStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Its weight, and that in per cent of all.
+	Share   int64   `protobuf:"varint,2,opt,name=share,proto3" json:"share,omitempty"`
+	Percent float64 `protobuf:"fixed64,3,opt,name=percent,proto3" json:"percent,omitempty"`
+	// Parts of the link, as in the settings; empty when there are none.
+	Floor   string `protobuf:"bytes,4,opt,name=floor,proto3" json:"floor,omitempty"`
+	Ceiling string `protobuf:"bytes,5,opt,name=ceiling,proto3" json:"ceiling,omitempty"`
+	// "full" or "none".
+	Fill string `protobuf:"bytes,6,opt,name=fill,proto3" json:"fill,omitempty"`
+	// How many containers on this node have it.
+	Containers int64 `protobuf:"varint,7,opt,name=containers,proto3" json:"containers,omitempty"`
+	// Reads of images since the start that waited for nothing, and that waited; how long
+	// the latter did; and fetches, begun for others or for later, that they made urgent.
+	Hits          int64 `protobuf:"varint,8,opt,name=hits,proto3" json:"hits,omitempty"`
+	Misses        int64 `protobuf:"varint,9,opt,name=misses,proto3" json:"misses,omitempty"`
+	WaitUs        int64 `protobuf:"varint,10,opt,name=wait_us,json=waitUs,proto3" json:"wait_us,omitempty"`
+	Promoted      int64 `protobuf:"varint,11,opt,name=promoted,proto3" json:"promoted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClassStatus) Reset() {
+	*x = ClassStatus{}
+	mi := &file_v1_host_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClassStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClassStatus) ProtoMessage() {}
+
+func (x *ClassStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClassStatus.ProtoReflect.Descriptor instead.
+func (*ClassStatus) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *ClassStatus) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ClassStatus) GetShare() int64 {
+	if x != nil {
+		return x.Share
+	}
+	return 0
+}
+
+func (x *ClassStatus) GetPercent() float64 {
+	if x != nil {
+		return x.Percent
+	}
+	return 0
+}
+
+func (x *ClassStatus) GetFloor() string {
+	if x != nil {
+		return x.Floor
+	}
+	return ""
+}
+
+func (x *ClassStatus) GetCeiling() string {
+	if x != nil {
+		return x.Ceiling
+	}
+	return ""
+}
+
+func (x *ClassStatus) GetFill() string {
+	if x != nil {
+		return x.Fill
+	}
+	return ""
+}
+
+func (x *ClassStatus) GetContainers() int64 {
+	if x != nil {
+		return x.Containers
+	}
+	return 0
+}
+
+func (x *ClassStatus) GetHits() int64 {
+	if x != nil {
+		return x.Hits
+	}
+	return 0
+}
+
+func (x *ClassStatus) GetMisses() int64 {
+	if x != nil {
+		return x.Misses
+	}
+	return 0
+}
+
+func (x *ClassStatus) GetWaitUs() int64 {
+	if x != nil {
+		return x.WaitUs
+	}
+	return 0
+}
+
+func (x *ClassStatus) GetPromoted() int64 {
+	if x != nil {
+		return x.Promoted
+	}
+	return 0
+}
+
+// QueueStatus is one place where work waits. Its units are bytes or, with turns set,
+// microseconds of turns.
+type QueueStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Turns bool                   `protobuf:"varint,2,opt,name=turns,proto3" json:"turns,omitempty"`
+	// Units a second: lately, and at most; 0: no bound is known.
+	Rate          float64             `protobuf:"fixed64,3,opt,name=rate,proto3" json:"rate,omitempty"`
+	Limit         float64             `protobuf:"fixed64,4,opt,name=limit,proto3" json:"limit,omitempty"`
+	Classes       []*QueueClassStatus `protobuf:"bytes,5,rep,name=classes,proto3" json:"classes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QueueStatus) Reset() {
+	*x = QueueStatus{}
+	mi := &file_v1_host_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QueueStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QueueStatus) ProtoMessage() {}
+
+func (x *QueueStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QueueStatus.ProtoReflect.Descriptor instead.
+func (*QueueStatus) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *QueueStatus) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *QueueStatus) GetTurns() bool {
+	if x != nil {
+		return x.Turns
+	}
+	return false
+}
+
+func (x *QueueStatus) GetRate() float64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+func (x *QueueStatus) GetLimit() float64 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *QueueStatus) GetClasses() []*QueueClassStatus {
+	if x != nil {
+		return x.Classes
+	}
+	return nil
+}
+
+// QueueClassStatus is a class in a queue.
+type QueueClassStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Class string                 `protobuf:"bytes,1,opt,name=class,proto3" json:"class,omitempty"`
+	// Pieces of work that wait now, and for how long the first of them, in microseconds.
+	Demand     int64 `protobuf:"varint,2,opt,name=demand,proto3" json:"demand,omitempty"`
+	Prefetch   int64 `protobuf:"varint,3,opt,name=prefetch,proto3" json:"prefetch,omitempty"`
+	Background int64 `protobuf:"varint,4,opt,name=background,proto3" json:"background,omitempty"`
+	OldestUs   int64 `protobuf:"varint,5,opt,name=oldest_us,json=oldestUs,proto3" json:"oldest_us,omitempty"`
+	// Units since the start, and a second lately.
+	Total int64   `protobuf:"varint,6,opt,name=total,proto3" json:"total,omitempty"`
+	Rate  float64 `protobuf:"fixed64,7,opt,name=rate,proto3" json:"rate,omitempty"`
+	// Pieces of work that have had to wait, and for how long together.
+	Waits    int64 `protobuf:"varint,8,opt,name=waits,proto3" json:"waits,omitempty"`
+	WaitedUs int64 `protobuf:"varint,9,opt,name=waited_us,json=waitedUs,proto3" json:"waited_us,omitempty"`
+	// Pieces of work that others had begun, and that came to be of this class because it
+	// needed them.
+	Promoted      int64 `protobuf:"varint,10,opt,name=promoted,proto3" json:"promoted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QueueClassStatus) Reset() {
+	*x = QueueClassStatus{}
+	mi := &file_v1_host_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QueueClassStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QueueClassStatus) ProtoMessage() {}
+
+func (x *QueueClassStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QueueClassStatus.ProtoReflect.Descriptor instead.
+func (*QueueClassStatus) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *QueueClassStatus) GetClass() string {
+	if x != nil {
+		return x.Class
+	}
+	return ""
+}
+
+func (x *QueueClassStatus) GetDemand() int64 {
+	if x != nil {
+		return x.Demand
+	}
+	return 0
+}
+
+func (x *QueueClassStatus) GetPrefetch() int64 {
+	if x != nil {
+		return x.Prefetch
+	}
+	return 0
+}
+
+func (x *QueueClassStatus) GetBackground() int64 {
+	if x != nil {
+		return x.Background
+	}
+	return 0
+}
+
+func (x *QueueClassStatus) GetOldestUs() int64 {
+	if x != nil {
+		return x.OldestUs
+	}
+	return 0
+}
+
+func (x *QueueClassStatus) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *QueueClassStatus) GetRate() float64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+func (x *QueueClassStatus) GetWaits() int64 {
+	if x != nil {
+		return x.Waits
+	}
+	return 0
+}
+
+func (x *QueueClassStatus) GetWaitedUs() int64 {
+	if x != nil {
+		return x.WaitedUs
+	}
+	return 0
+}
+
+func (x *QueueClassStatus) GetPromoted() int64 {
+	if x != nil {
+		return x.Promoted
+	}
+	return 0
 }
 
 // StoreStatus is what bytes of images take of the disk.
@@ -1191,7 +1839,7 @@ type StoreStatus struct {
 
 func (x *StoreStatus) Reset() {
 	*x = StoreStatus{}
-	mi := &file_v1_host_proto_msgTypes[22]
+	mi := &file_v1_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1203,7 +1851,7 @@ func (x *StoreStatus) String() string {
 func (*StoreStatus) ProtoMessage() {}
 
 func (x *StoreStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[22]
+	mi := &file_v1_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1216,7 +1864,7 @@ func (x *StoreStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreStatus.ProtoReflect.Descriptor instead.
 func (*StoreStatus) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{22}
+	return file_v1_host_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StoreStatus) GetUsed() int64 {
@@ -1294,7 +1942,7 @@ type SnapshotterStatus struct {
 
 func (x *SnapshotterStatus) Reset() {
 	*x = SnapshotterStatus{}
-	mi := &file_v1_host_proto_msgTypes[23]
+	mi := &file_v1_host_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1306,7 +1954,7 @@ func (x *SnapshotterStatus) String() string {
 func (*SnapshotterStatus) ProtoMessage() {}
 
 func (x *SnapshotterStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[23]
+	mi := &file_v1_host_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1319,7 +1967,7 @@ func (x *SnapshotterStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotterStatus.ProtoReflect.Descriptor instead.
 func (*SnapshotterStatus) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{23}
+	return file_v1_host_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SnapshotterStatus) GetName() string {
@@ -1373,14 +2021,18 @@ type SnapshotStatus struct {
 	ManifestDigest string `protobuf:"bytes,4,opt,name=manifest_digest,json=manifestDigest,proto3" json:"manifest_digest,omitempty"`
 	Mode           string `protobuf:"bytes,5,opt,name=mode,proto3" json:"mode,omitempty"`
 	// Why it is not the mode that was asked for; empty when it is.
-	Reason        string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Of what class its container is, and what made it so; empty when that is not known,
+	// as of images that the virtual machine mounts: then see SandboxStatus.
+	Class         string `protobuf:"bytes,7,opt,name=class,proto3" json:"class,omitempty"`
+	ClassReason   string `protobuf:"bytes,8,opt,name=class_reason,json=classReason,proto3" json:"class_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SnapshotStatus) Reset() {
 	*x = SnapshotStatus{}
-	mi := &file_v1_host_proto_msgTypes[24]
+	mi := &file_v1_host_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1392,7 +2044,7 @@ func (x *SnapshotStatus) String() string {
 func (*SnapshotStatus) ProtoMessage() {}
 
 func (x *SnapshotStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[24]
+	mi := &file_v1_host_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1405,7 +2057,7 @@ func (x *SnapshotStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotStatus.ProtoReflect.Descriptor instead.
 func (*SnapshotStatus) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{24}
+	return file_v1_host_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SnapshotStatus) GetKey() string {
@@ -1450,6 +2102,20 @@ func (x *SnapshotStatus) GetReason() string {
 	return ""
 }
 
+func (x *SnapshotStatus) GetClass() string {
+	if x != nil {
+		return x.Class
+	}
+	return ""
+}
+
+func (x *SnapshotStatus) GetClassReason() string {
+	if x != nil {
+		return x.ClassReason
+	}
+	return ""
+}
+
 type SandboxStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1465,7 +2131,7 @@ type SandboxStatus struct {
 
 func (x *SandboxStatus) Reset() {
 	*x = SandboxStatus{}
-	mi := &file_v1_host_proto_msgTypes[25]
+	mi := &file_v1_host_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1477,7 +2143,7 @@ func (x *SandboxStatus) String() string {
 func (*SandboxStatus) ProtoMessage() {}
 
 func (x *SandboxStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[25]
+	mi := &file_v1_host_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +2156,7 @@ func (x *SandboxStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxStatus.ProtoReflect.Descriptor instead.
 func (*SandboxStatus) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{25}
+	return file_v1_host_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SandboxStatus) GetId() string {
@@ -1527,13 +2193,15 @@ type ContainerStatus struct {
 	Reference      string                 `protobuf:"bytes,2,opt,name=reference,proto3" json:"reference,omitempty"`
 	ManifestDigest string                 `protobuf:"bytes,3,opt,name=manifest_digest,json=manifestDigest,proto3" json:"manifest_digest,omitempty"`
 	Class          string                 `protobuf:"bytes,4,opt,name=class,proto3" json:"class,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What made it of this class.
+	ClassReason   string `protobuf:"bytes,5,opt,name=class_reason,json=classReason,proto3" json:"class_reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ContainerStatus) Reset() {
 	*x = ContainerStatus{}
-	mi := &file_v1_host_proto_msgTypes[26]
+	mi := &file_v1_host_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1545,7 +2213,7 @@ func (x *ContainerStatus) String() string {
 func (*ContainerStatus) ProtoMessage() {}
 
 func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_v1_host_proto_msgTypes[26]
+	mi := &file_v1_host_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1558,7 +2226,7 @@ func (x *ContainerStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStatus.ProtoReflect.Descriptor instead.
 func (*ContainerStatus) Descriptor() ([]byte, []int) {
-	return file_v1_host_proto_rawDescGZIP(), []int{26}
+	return file_v1_host_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ContainerStatus) GetId() string {
@@ -1589,13 +2257,667 @@ func (x *ContainerStatus) GetClass() string {
 	return ""
 }
 
+func (x *ContainerStatus) GetClassReason() string {
+	if x != nil {
+		return x.ClassReason
+	}
+	return ""
+}
+
+type ListProfilesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProfilesRequest) Reset() {
+	*x = ListProfilesRequest{}
+	mi := &file_v1_host_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProfilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProfilesRequest) ProtoMessage() {}
+
+func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
+func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{35}
+}
+
+type ListProfilesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profiles      []*Profile             `protobuf:"bytes,1,rep,name=profiles,proto3" json:"profiles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProfilesResponse) Reset() {
+	*x = ListProfilesResponse{}
+	mi := &file_v1_host_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProfilesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProfilesResponse) ProtoMessage() {}
+
+func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
+func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ListProfilesResponse) GetProfiles() []*Profile {
+	if x != nil {
+		return x.Profiles
+	}
+	return nil
+}
+
+// Profile is what starts of an image read first.
+type Profile struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	ManifestDigest string                 `protobuf:"bytes,1,opt,name=manifest_digest,json=manifestDigest,proto3" json:"manifest_digest,omitempty"`
+	// A reference that means the image; empty when none does any more.
+	Reference string `protobuf:"bytes,2,opt,name=reference,proto3" json:"reference,omitempty"`
+	// The key of a command, and its words, cut; empty for that of all commands.
+	Entrypoint string `protobuf:"bytes,3,opt,name=entrypoint,proto3" json:"entrypoint,omitempty"`
+	Command    string `protobuf:"bytes,4,opt,name=command,proto3" json:"command,omitempty"`
+	// Starts that it is made of.
+	Runs   int64 `protobuf:"varint,5,opt,name=runs,proto3" json:"runs,omitempty"`
+	Ranges int64 `protobuf:"varint,6,opt,name=ranges,proto3" json:"ranges,omitempty"`
+	Bytes  int64 `protobuf:"varint,7,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// "recorded", "imported" or "registry".
+	Source        string `protobuf:"bytes,8,opt,name=source,proto3" json:"source,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Profile) Reset() {
+	*x = Profile{}
+	mi := &file_v1_host_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Profile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Profile) ProtoMessage() {}
+
+func (x *Profile) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Profile.ProtoReflect.Descriptor instead.
+func (*Profile) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *Profile) GetManifestDigest() string {
+	if x != nil {
+		return x.ManifestDigest
+	}
+	return ""
+}
+
+func (x *Profile) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *Profile) GetEntrypoint() string {
+	if x != nil {
+		return x.Entrypoint
+	}
+	return ""
+}
+
+func (x *Profile) GetCommand() string {
+	if x != nil {
+		return x.Command
+	}
+	return ""
+}
+
+func (x *Profile) GetRuns() int64 {
+	if x != nil {
+		return x.Runs
+	}
+	return 0
+}
+
+func (x *Profile) GetRanges() int64 {
+	if x != nil {
+		return x.Ranges
+	}
+	return 0
+}
+
+func (x *Profile) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Profile) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+type ExportProfileRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A reference that was prepared, or a manifest digest.
+	Image string `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	// The key of a command; empty for the profile of all commands.
+	Entrypoint    string `protobuf:"bytes,2,opt,name=entrypoint,proto3" json:"entrypoint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportProfileRequest) Reset() {
+	*x = ExportProfileRequest{}
+	mi := &file_v1_host_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportProfileRequest) ProtoMessage() {}
+
+func (x *ExportProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportProfileRequest.ProtoReflect.Descriptor instead.
+func (*ExportProfileRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *ExportProfileRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ExportProfileRequest) GetEntrypoint() string {
+	if x != nil {
+		return x.Entrypoint
+	}
+	return ""
+}
+
+type ExportProfileResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Absolute paths, one a line, in the order in which they are read.
+	Paths         []byte `protobuf:"bytes,1,opt,name=paths,proto3" json:"paths,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportProfileResponse) Reset() {
+	*x = ExportProfileResponse{}
+	mi := &file_v1_host_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportProfileResponse) ProtoMessage() {}
+
+func (x *ExportProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportProfileResponse.ProtoReflect.Descriptor instead.
+func (*ExportProfileResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *ExportProfileResponse) GetPaths() []byte {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+type ImportProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	Paths         []byte                 `protobuf:"bytes,2,opt,name=paths,proto3" json:"paths,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportProfileRequest) Reset() {
+	*x = ImportProfileRequest{}
+	mi := &file_v1_host_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportProfileRequest) ProtoMessage() {}
+
+func (x *ImportProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportProfileRequest.ProtoReflect.Descriptor instead.
+func (*ImportProfileRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *ImportProfileRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ImportProfileRequest) GetPaths() []byte {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+type ImportProfileResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Paths that the image has, and does not have.
+	Known   int64 `protobuf:"varint,1,opt,name=known,proto3" json:"known,omitempty"`
+	Unknown int64 `protobuf:"varint,2,opt,name=unknown,proto3" json:"unknown,omitempty"`
+	// Bytes that the profile now has.
+	Bytes         int64 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportProfileResponse) Reset() {
+	*x = ImportProfileResponse{}
+	mi := &file_v1_host_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportProfileResponse) ProtoMessage() {}
+
+func (x *ImportProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportProfileResponse.ProtoReflect.Descriptor instead.
+func (*ImportProfileResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ImportProfileResponse) GetKnown() int64 {
+	if x != nil {
+		return x.Known
+	}
+	return 0
+}
+
+func (x *ImportProfileResponse) GetUnknown() int64 {
+	if x != nil {
+		return x.Unknown
+	}
+	return 0
+}
+
+func (x *ImportProfileResponse) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+type PushProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushProfileRequest) Reset() {
+	*x = PushProfileRequest{}
+	mi := &file_v1_host_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushProfileRequest) ProtoMessage() {}
+
+func (x *PushProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushProfileRequest.ProtoReflect.Descriptor instead.
+func (*PushProfileRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *PushProfileRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+type PushProfileResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the published artifact.
+	Digest        string `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushProfileResponse) Reset() {
+	*x = PushProfileResponse{}
+	mi := &file_v1_host_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushProfileResponse) ProtoMessage() {}
+
+func (x *PushProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushProfileResponse.ProtoReflect.Descriptor instead.
+func (*PushProfileResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *PushProfileResponse) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+type RemoveProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveProfileRequest) Reset() {
+	*x = RemoveProfileRequest{}
+	mi := &file_v1_host_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveProfileRequest) ProtoMessage() {}
+
+func (x *RemoveProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveProfileRequest.ProtoReflect.Descriptor instead.
+func (*RemoveProfileRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *RemoveProfileRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+type RemoveProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveProfileResponse) Reset() {
+	*x = RemoveProfileResponse{}
+	mi := &file_v1_host_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveProfileResponse) ProtoMessage() {}
+
+func (x *RemoveProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveProfileResponse.ProtoReflect.Descriptor instead.
+func (*RemoveProfileResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{45}
+}
+
+type EndRecordingRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndRecordingRequest) Reset() {
+	*x = EndRecordingRequest{}
+	mi := &file_v1_host_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndRecordingRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndRecordingRequest) ProtoMessage() {}
+
+func (x *EndRecordingRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndRecordingRequest.ProtoReflect.Descriptor instead.
+func (*EndRecordingRequest) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *EndRecordingRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+type EndRecordingResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndRecordingResponse) Reset() {
+	*x = EndRecordingResponse{}
+	mi := &file_v1_host_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndRecordingResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndRecordingResponse) ProtoMessage() {}
+
+func (x *EndRecordingResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_host_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndRecordingResponse.ProtoReflect.Descriptor instead.
+func (*EndRecordingResponse) Descriptor() ([]byte, []int) {
+	return file_v1_host_proto_rawDescGZIP(), []int{47}
+}
+
 var File_v1_host_proto protoreflect.FileDescriptor
 
 const file_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"\rv1/host.proto\x12\ttatami.v1\x1a\x0ev1/guest.proto\"4\n" +
 	"\x0fDescribeRequest\x12!\n" +
-	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"\xa5\x01\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"\x95\x02\n" +
 	"\x10DescribeResponse\x12\x1c\n" +
 	"\treference\x18\x01 \x01(\tR\treference\x12\x1e\n" +
 	"\n" +
@@ -1603,10 +2925,22 @@ const file_v1_host_proto_rawDesc = "" +
 	"repository\x12'\n" +
 	"\x0fmanifest_digest\x18\x03 \x01(\tR\x0emanifestDigest\x12\x14\n" +
 	"\x05class\x18\x04 \x01(\tR\x05class\x12\x14\n" +
-	"\x05trust\x18\x05 \x01(\tR\x05trust\"J\n" +
+	"\x05trust\x18\x05 \x01(\tR\x05trust\x12*\n" +
+	"\aprofile\x18\x06 \x03(\v2\x10.tatami.v1.RangeR\aprofile\x12%\n" +
+	"\x0eprofile_budget\x18\a \x01(\x03R\rprofileBudget\x12\x1b\n" +
+	"\trecord_us\x18\b \x01(\x03R\brecordUs\"|\n" +
+	"\x12RecordStartRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12(\n" +
+	"\x06ranges\x18\x02 \x03(\v2\x10.tatami.v1.RangeR\x06ranges\x12\x19\n" +
+	"\bafter_ms\x18\x03 \x03(\rR\aafterMs\"\x15\n" +
+	"\x13RecordStartResponse\"6\n" +
+	"\x11AwaitReadyRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"\x14\n" +
+	"\x12AwaitReadyResponse\"`\n" +
 	"\x0ePrepareRequest\x12\x1c\n" +
 	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
-	"\bplatform\x18\x02 \x01(\tR\bplatform\"\x94\x02\n" +
+	"\bplatform\x18\x02 \x01(\tR\bplatform\x12\x14\n" +
+	"\x05class\x18\x03 \x01(\tR\x05class\"\x94\x02\n" +
 	"\x0fPrepareResponse\x12'\n" +
 	"\x0fmanifest_digest\x18\x01 \x01(\tR\x0emanifestDigest\x12\x1e\n" +
 	"\n" +
@@ -1633,23 +2967,26 @@ const file_v1_host_proto_rawDesc = "" +
 	"\x0eAttachResponse\")\n" +
 	"\rDetachRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\tR\asandbox\"\x10\n" +
-	"\x0eDetachResponse\"\xa2\x01\n" +
+	"\x0eDetachResponse\"\xb6\x01\n" +
 	"\x13AddContainerRequest\x12\x18\n" +
 	"\asandbox\x18\x01 \x01(\tR\asandbox\x12!\n" +
 	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\treference\x18\x03 \x01(\tR\treference\x12\x1a\n" +
 	"\bplatform\x18\x04 \x01(\tR\bplatform\x12\x14\n" +
-	"\x05class\x18\x05 \x01(\tR\x05class\"?\n" +
+	"\x05class\x18\x05 \x01(\tR\x05class\x12\x12\n" +
+	"\x04args\x18\x06 \x03(\tR\x04args\"?\n" +
 	"\x14AddContainerResponse\x12'\n" +
 	"\x0fmanifest_digest\x18\x01 \x01(\tR\x0emanifestDigest\"\x12\n" +
-	"\x10NodeStatsRequest\"\xc1\x01\n" +
+	"\x10NodeStatsRequest\"\x82\x02\n" +
 	"\x11NodeStatsResponse\x12.\n" +
 	"\x05store\x18\x01 \x01(\v2\x18.tatami.v1.StatsResponseR\x05store\x12%\n" +
 	"\x0eregistry_bytes\x18\x02 \x01(\x03R\rregistryBytes\x12\x1f\n" +
 	"\vrelay_bytes\x18\x03 \x01(\x03R\n" +
 	"relayBytes\x12\x16\n" +
 	"\x06images\x18\x04 \x01(\x03R\x06images\x12\x1c\n" +
-	"\tsandboxes\x18\x05 \x01(\x03R\tsandboxes\"8\n" +
+	"\tsandboxes\x18\x05 \x01(\x03R\tsandboxes\x12\x18\n" +
+	"\areplays\x18\x06 \x01(\x03R\areplays\x12%\n" +
+	"\x0ereplayed_bytes\x18\a \x01(\x03R\rreplayedBytes\"8\n" +
 	"\rRemoveRequest\x12'\n" +
 	"\x0fmanifest_digest\x18\x01 \x01(\tR\x0emanifestDigest\"\x10\n" +
 	"\x0eRemoveResponse\"*\n" +
@@ -1660,11 +2997,51 @@ const file_v1_host_proto_rawDesc = "" +
 	"\fUnpinRequest\x12\x1c\n" +
 	"\treference\x18\x01 \x01(\tR\treference\"\x0f\n" +
 	"\rUnpinResponse\"\x0f\n" +
-	"\rStatusRequest\"\xb8\x01\n" +
+	"\rStatusRequest\"\xef\x01\n" +
 	"\x0eStatusResponse\x12@\n" +
 	"\fsnapshotters\x18\x01 \x03(\v2\x1c.tatami.v1.SnapshotterStatusR\fsnapshotters\x126\n" +
 	"\tsandboxes\x18\x02 \x03(\v2\x18.tatami.v1.SandboxStatusR\tsandboxes\x12,\n" +
-	"\x05store\x18\x03 \x01(\v2\x16.tatami.v1.StoreStatusR\x05store\"\xbd\x01\n" +
+	"\x05store\x18\x03 \x01(\v2\x16.tatami.v1.StoreStatusR\x05store\x125\n" +
+	"\bschedule\x18\x04 \x01(\v2\x19.tatami.v1.ScheduleStatusR\bschedule\"\x8c\x01\n" +
+	"\x0eScheduleStatus\x12\x18\n" +
+	"\aenabled\x18\x01 \x01(\bR\aenabled\x120\n" +
+	"\aclasses\x18\x02 \x03(\v2\x16.tatami.v1.ClassStatusR\aclasses\x12.\n" +
+	"\x06queues\x18\x03 \x03(\v2\x16.tatami.v1.QueueStatusR\x06queues\"\x96\x02\n" +
+	"\vClassStatus\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05share\x18\x02 \x01(\x03R\x05share\x12\x18\n" +
+	"\apercent\x18\x03 \x01(\x01R\apercent\x12\x14\n" +
+	"\x05floor\x18\x04 \x01(\tR\x05floor\x12\x18\n" +
+	"\aceiling\x18\x05 \x01(\tR\aceiling\x12\x12\n" +
+	"\x04fill\x18\x06 \x01(\tR\x04fill\x12\x1e\n" +
+	"\n" +
+	"containers\x18\a \x01(\x03R\n" +
+	"containers\x12\x12\n" +
+	"\x04hits\x18\b \x01(\x03R\x04hits\x12\x16\n" +
+	"\x06misses\x18\t \x01(\x03R\x06misses\x12\x17\n" +
+	"\await_us\x18\n" +
+	" \x01(\x03R\x06waitUs\x12\x1a\n" +
+	"\bpromoted\x18\v \x01(\x03R\bpromoted\"\x98\x01\n" +
+	"\vQueueStatus\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05turns\x18\x02 \x01(\bR\x05turns\x12\x12\n" +
+	"\x04rate\x18\x03 \x01(\x01R\x04rate\x12\x14\n" +
+	"\x05limit\x18\x04 \x01(\x01R\x05limit\x125\n" +
+	"\aclasses\x18\x05 \x03(\v2\x1b.tatami.v1.QueueClassStatusR\aclasses\"\x92\x02\n" +
+	"\x10QueueClassStatus\x12\x14\n" +
+	"\x05class\x18\x01 \x01(\tR\x05class\x12\x16\n" +
+	"\x06demand\x18\x02 \x01(\x03R\x06demand\x12\x1a\n" +
+	"\bprefetch\x18\x03 \x01(\x03R\bprefetch\x12\x1e\n" +
+	"\n" +
+	"background\x18\x04 \x01(\x03R\n" +
+	"background\x12\x1b\n" +
+	"\toldest_us\x18\x05 \x01(\x03R\boldestUs\x12\x14\n" +
+	"\x05total\x18\x06 \x01(\x03R\x05total\x12\x12\n" +
+	"\x04rate\x18\a \x01(\x01R\x04rate\x12\x14\n" +
+	"\x05waits\x18\b \x01(\x03R\x05waits\x12\x1b\n" +
+	"\twaited_us\x18\t \x01(\x03R\bwaitedUs\x12\x1a\n" +
+	"\bpromoted\x18\n" +
+	" \x01(\x03R\bpromoted\"\xbd\x01\n" +
 	"\vStoreStatus\x12\x12\n" +
 	"\x04used\x18\x01 \x01(\x03R\x04used\x12\x14\n" +
 	"\x05quota\x18\x02 \x01(\x03R\x05quota\x12\x12\n" +
@@ -1681,28 +3058,72 @@ const file_v1_host_proto_rawDesc = "" +
 	"\tsnapshots\x18\x04 \x03(\v2\x19.tatami.v1.SnapshotStatusR\tsnapshots\x12\x1f\n" +
 	"\vlazy_layers\x18\x05 \x01(\x03R\n" +
 	"lazyLayers\x12\x19\n" +
-	"\bleft_out\x18\x06 \x01(\x03R\aleftOut\"\xa9\x01\n" +
+	"\bleft_out\x18\x06 \x01(\x03R\aleftOut\"\xe2\x01\n" +
 	"\x0eSnapshotStatus\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x1c\n" +
 	"\treference\x18\x03 \x01(\tR\treference\x12'\n" +
 	"\x0fmanifest_digest\x18\x04 \x01(\tR\x0emanifestDigest\x12\x12\n" +
 	"\x04mode\x18\x05 \x01(\tR\x04mode\x12\x16\n" +
-	"\x06reason\x18\x06 \x01(\tR\x06reason\"\x94\x01\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x14\n" +
+	"\x05class\x18\a \x01(\tR\x05class\x12!\n" +
+	"\fclass_reason\x18\b \x01(\tR\vclassReason\"\x94\x01\n" +
 	"\rSandboxStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x12:\n" +
 	"\n" +
 	"containers\x18\x03 \x03(\v2\x1a.tatami.v1.ContainerStatusR\n" +
 	"containers\x12\x1b\n" +
-	"\tvirtio_fs\x18\x04 \x01(\tR\bvirtioFs\"~\n" +
+	"\tvirtio_fs\x18\x04 \x01(\tR\bvirtioFs\"\xa1\x01\n" +
 	"\x0fContainerStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\treference\x18\x02 \x01(\tR\treference\x12'\n" +
 	"\x0fmanifest_digest\x18\x03 \x01(\tR\x0emanifestDigest\x12\x14\n" +
-	"\x05class\x18\x04 \x01(\tR\x05class2K\n" +
+	"\x05class\x18\x04 \x01(\tR\x05class\x12!\n" +
+	"\fclass_reason\x18\x05 \x01(\tR\vclassReason\"\x15\n" +
+	"\x13ListProfilesRequest\"F\n" +
+	"\x14ListProfilesResponse\x12.\n" +
+	"\bprofiles\x18\x01 \x03(\v2\x12.tatami.v1.ProfileR\bprofiles\"\xe4\x01\n" +
+	"\aProfile\x12'\n" +
+	"\x0fmanifest_digest\x18\x01 \x01(\tR\x0emanifestDigest\x12\x1c\n" +
+	"\treference\x18\x02 \x01(\tR\treference\x12\x1e\n" +
+	"\n" +
+	"entrypoint\x18\x03 \x01(\tR\n" +
+	"entrypoint\x12\x18\n" +
+	"\acommand\x18\x04 \x01(\tR\acommand\x12\x12\n" +
+	"\x04runs\x18\x05 \x01(\x03R\x04runs\x12\x16\n" +
+	"\x06ranges\x18\x06 \x01(\x03R\x06ranges\x12\x14\n" +
+	"\x05bytes\x18\a \x01(\x03R\x05bytes\x12\x16\n" +
+	"\x06source\x18\b \x01(\tR\x06source\"L\n" +
+	"\x14ExportProfileRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\x12\x1e\n" +
+	"\n" +
+	"entrypoint\x18\x02 \x01(\tR\n" +
+	"entrypoint\"-\n" +
+	"\x15ExportProfileResponse\x12\x14\n" +
+	"\x05paths\x18\x01 \x01(\fR\x05paths\"B\n" +
+	"\x14ImportProfileRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\x12\x14\n" +
+	"\x05paths\x18\x02 \x01(\fR\x05paths\"]\n" +
+	"\x15ImportProfileResponse\x12\x14\n" +
+	"\x05known\x18\x01 \x01(\x03R\x05known\x12\x18\n" +
+	"\aunknown\x18\x02 \x01(\x03R\aunknown\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"*\n" +
+	"\x12PushProfileRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\"-\n" +
+	"\x13PushProfileResponse\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\",\n" +
+	"\x14RemoveProfileRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\"\x17\n" +
+	"\x15RemoveProfileResponse\"8\n" +
+	"\x13EndRecordingRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"\x16\n" +
+	"\x14EndRecordingResponse2\xe4\x01\n" +
 	"\x04Host\x12C\n" +
-	"\bDescribe\x12\x1a.tatami.v1.DescribeRequest\x1a\x1b.tatami.v1.DescribeResponse2\x94\x05\n" +
+	"\bDescribe\x12\x1a.tatami.v1.DescribeRequest\x1a\x1b.tatami.v1.DescribeResponse\x12L\n" +
+	"\vRecordStart\x12\x1d.tatami.v1.RecordStartRequest\x1a\x1e.tatami.v1.RecordStartResponse\x12I\n" +
+	"\n" +
+	"AwaitReady\x12\x1c.tatami.v1.AwaitReadyRequest\x1a\x1d.tatami.v1.AwaitReadyResponse2\x80\t\n" +
 	"\x04Node\x12@\n" +
 	"\aPrepare\x12\x19.tatami.v1.PrepareRequest\x1a\x1a.tatami.v1.PrepareResponse\x12C\n" +
 	"\bProgress\x12\x1a.tatami.v1.ProgressRequest\x1a\x1b.tatami.v1.ProgressResponse\x12=\n" +
@@ -1713,7 +3134,13 @@ const file_v1_host_proto_rawDesc = "" +
 	"\x06Status\x12\x18.tatami.v1.StatusRequest\x1a\x19.tatami.v1.StatusResponse\x12=\n" +
 	"\x06Remove\x12\x18.tatami.v1.RemoveRequest\x1a\x19.tatami.v1.RemoveResponse\x124\n" +
 	"\x03Pin\x12\x15.tatami.v1.PinRequest\x1a\x16.tatami.v1.PinResponse\x12:\n" +
-	"\x05Unpin\x12\x17.tatami.v1.UnpinRequest\x1a\x18.tatami.v1.UnpinResponseB?Z=github.com/tatami-containers/tatami/protocols/imageservice/v1b\x06proto3"
+	"\x05Unpin\x12\x17.tatami.v1.UnpinRequest\x1a\x18.tatami.v1.UnpinResponse\x12O\n" +
+	"\fListProfiles\x12\x1e.tatami.v1.ListProfilesRequest\x1a\x1f.tatami.v1.ListProfilesResponse\x12R\n" +
+	"\rExportProfile\x12\x1f.tatami.v1.ExportProfileRequest\x1a .tatami.v1.ExportProfileResponse\x12R\n" +
+	"\rImportProfile\x12\x1f.tatami.v1.ImportProfileRequest\x1a .tatami.v1.ImportProfileResponse\x12L\n" +
+	"\vPushProfile\x12\x1d.tatami.v1.PushProfileRequest\x1a\x1e.tatami.v1.PushProfileResponse\x12R\n" +
+	"\rRemoveProfile\x12\x1f.tatami.v1.RemoveProfileRequest\x1a .tatami.v1.RemoveProfileResponse\x12O\n" +
+	"\fEndRecording\x12\x1e.tatami.v1.EndRecordingRequest\x1a\x1f.tatami.v1.EndRecordingResponseB?Z=github.com/tatami-containers/tatami/protocols/imageservice/v1b\x06proto3"
 
 var (
 	file_v1_host_proto_rawDescOnce sync.Once
@@ -1727,73 +3154,118 @@ func file_v1_host_proto_rawDescGZIP() []byte {
 	return file_v1_host_proto_rawDescData
 }
 
-var file_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
 var file_v1_host_proto_goTypes = []any{
-	(*DescribeRequest)(nil),      // 0: tatami.v1.DescribeRequest
-	(*DescribeResponse)(nil),     // 1: tatami.v1.DescribeResponse
-	(*PrepareRequest)(nil),       // 2: tatami.v1.PrepareRequest
-	(*PrepareResponse)(nil),      // 3: tatami.v1.PrepareResponse
-	(*ProgressRequest)(nil),      // 4: tatami.v1.ProgressRequest
-	(*ProgressResponse)(nil),     // 5: tatami.v1.ProgressResponse
-	(*AttachRequest)(nil),        // 6: tatami.v1.AttachRequest
-	(*AttachResponse)(nil),       // 7: tatami.v1.AttachResponse
-	(*DetachRequest)(nil),        // 8: tatami.v1.DetachRequest
-	(*DetachResponse)(nil),       // 9: tatami.v1.DetachResponse
-	(*AddContainerRequest)(nil),  // 10: tatami.v1.AddContainerRequest
-	(*AddContainerResponse)(nil), // 11: tatami.v1.AddContainerResponse
-	(*NodeStatsRequest)(nil),     // 12: tatami.v1.NodeStatsRequest
-	(*NodeStatsResponse)(nil),    // 13: tatami.v1.NodeStatsResponse
-	(*RemoveRequest)(nil),        // 14: tatami.v1.RemoveRequest
-	(*RemoveResponse)(nil),       // 15: tatami.v1.RemoveResponse
-	(*PinRequest)(nil),           // 16: tatami.v1.PinRequest
-	(*PinResponse)(nil),          // 17: tatami.v1.PinResponse
-	(*UnpinRequest)(nil),         // 18: tatami.v1.UnpinRequest
-	(*UnpinResponse)(nil),        // 19: tatami.v1.UnpinResponse
-	(*StatusRequest)(nil),        // 20: tatami.v1.StatusRequest
-	(*StatusResponse)(nil),       // 21: tatami.v1.StatusResponse
-	(*StoreStatus)(nil),          // 22: tatami.v1.StoreStatus
-	(*SnapshotterStatus)(nil),    // 23: tatami.v1.SnapshotterStatus
-	(*SnapshotStatus)(nil),       // 24: tatami.v1.SnapshotStatus
-	(*SandboxStatus)(nil),        // 25: tatami.v1.SandboxStatus
-	(*ContainerStatus)(nil),      // 26: tatami.v1.ContainerStatus
-	(*Phase)(nil),                // 27: tatami.v1.Phase
-	(*StatsResponse)(nil),        // 28: tatami.v1.StatsResponse
+	(*DescribeRequest)(nil),       // 0: tatami.v1.DescribeRequest
+	(*DescribeResponse)(nil),      // 1: tatami.v1.DescribeResponse
+	(*RecordStartRequest)(nil),    // 2: tatami.v1.RecordStartRequest
+	(*RecordStartResponse)(nil),   // 3: tatami.v1.RecordStartResponse
+	(*AwaitReadyRequest)(nil),     // 4: tatami.v1.AwaitReadyRequest
+	(*AwaitReadyResponse)(nil),    // 5: tatami.v1.AwaitReadyResponse
+	(*PrepareRequest)(nil),        // 6: tatami.v1.PrepareRequest
+	(*PrepareResponse)(nil),       // 7: tatami.v1.PrepareResponse
+	(*ProgressRequest)(nil),       // 8: tatami.v1.ProgressRequest
+	(*ProgressResponse)(nil),      // 9: tatami.v1.ProgressResponse
+	(*AttachRequest)(nil),         // 10: tatami.v1.AttachRequest
+	(*AttachResponse)(nil),        // 11: tatami.v1.AttachResponse
+	(*DetachRequest)(nil),         // 12: tatami.v1.DetachRequest
+	(*DetachResponse)(nil),        // 13: tatami.v1.DetachResponse
+	(*AddContainerRequest)(nil),   // 14: tatami.v1.AddContainerRequest
+	(*AddContainerResponse)(nil),  // 15: tatami.v1.AddContainerResponse
+	(*NodeStatsRequest)(nil),      // 16: tatami.v1.NodeStatsRequest
+	(*NodeStatsResponse)(nil),     // 17: tatami.v1.NodeStatsResponse
+	(*RemoveRequest)(nil),         // 18: tatami.v1.RemoveRequest
+	(*RemoveResponse)(nil),        // 19: tatami.v1.RemoveResponse
+	(*PinRequest)(nil),            // 20: tatami.v1.PinRequest
+	(*PinResponse)(nil),           // 21: tatami.v1.PinResponse
+	(*UnpinRequest)(nil),          // 22: tatami.v1.UnpinRequest
+	(*UnpinResponse)(nil),         // 23: tatami.v1.UnpinResponse
+	(*StatusRequest)(nil),         // 24: tatami.v1.StatusRequest
+	(*StatusResponse)(nil),        // 25: tatami.v1.StatusResponse
+	(*ScheduleStatus)(nil),        // 26: tatami.v1.ScheduleStatus
+	(*ClassStatus)(nil),           // 27: tatami.v1.ClassStatus
+	(*QueueStatus)(nil),           // 28: tatami.v1.QueueStatus
+	(*QueueClassStatus)(nil),      // 29: tatami.v1.QueueClassStatus
+	(*StoreStatus)(nil),           // 30: tatami.v1.StoreStatus
+	(*SnapshotterStatus)(nil),     // 31: tatami.v1.SnapshotterStatus
+	(*SnapshotStatus)(nil),        // 32: tatami.v1.SnapshotStatus
+	(*SandboxStatus)(nil),         // 33: tatami.v1.SandboxStatus
+	(*ContainerStatus)(nil),       // 34: tatami.v1.ContainerStatus
+	(*ListProfilesRequest)(nil),   // 35: tatami.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),  // 36: tatami.v1.ListProfilesResponse
+	(*Profile)(nil),               // 37: tatami.v1.Profile
+	(*ExportProfileRequest)(nil),  // 38: tatami.v1.ExportProfileRequest
+	(*ExportProfileResponse)(nil), // 39: tatami.v1.ExportProfileResponse
+	(*ImportProfileRequest)(nil),  // 40: tatami.v1.ImportProfileRequest
+	(*ImportProfileResponse)(nil), // 41: tatami.v1.ImportProfileResponse
+	(*PushProfileRequest)(nil),    // 42: tatami.v1.PushProfileRequest
+	(*PushProfileResponse)(nil),   // 43: tatami.v1.PushProfileResponse
+	(*RemoveProfileRequest)(nil),  // 44: tatami.v1.RemoveProfileRequest
+	(*RemoveProfileResponse)(nil), // 45: tatami.v1.RemoveProfileResponse
+	(*EndRecordingRequest)(nil),   // 46: tatami.v1.EndRecordingRequest
+	(*EndRecordingResponse)(nil),  // 47: tatami.v1.EndRecordingResponse
+	(*Range)(nil),                 // 48: tatami.v1.Range
+	(*Phase)(nil),                 // 49: tatami.v1.Phase
+	(*StatsResponse)(nil),         // 50: tatami.v1.StatsResponse
 }
 var file_v1_host_proto_depIdxs = []int32{
-	27, // 0: tatami.v1.PrepareResponse.phases:type_name -> tatami.v1.Phase
-	28, // 1: tatami.v1.NodeStatsResponse.store:type_name -> tatami.v1.StatsResponse
-	23, // 2: tatami.v1.StatusResponse.snapshotters:type_name -> tatami.v1.SnapshotterStatus
-	25, // 3: tatami.v1.StatusResponse.sandboxes:type_name -> tatami.v1.SandboxStatus
-	22, // 4: tatami.v1.StatusResponse.store:type_name -> tatami.v1.StoreStatus
-	24, // 5: tatami.v1.SnapshotterStatus.snapshots:type_name -> tatami.v1.SnapshotStatus
-	26, // 6: tatami.v1.SandboxStatus.containers:type_name -> tatami.v1.ContainerStatus
-	0,  // 7: tatami.v1.Host.Describe:input_type -> tatami.v1.DescribeRequest
-	2,  // 8: tatami.v1.Node.Prepare:input_type -> tatami.v1.PrepareRequest
-	4,  // 9: tatami.v1.Node.Progress:input_type -> tatami.v1.ProgressRequest
-	6,  // 10: tatami.v1.Node.Attach:input_type -> tatami.v1.AttachRequest
-	8,  // 11: tatami.v1.Node.Detach:input_type -> tatami.v1.DetachRequest
-	10, // 12: tatami.v1.Node.AddContainer:input_type -> tatami.v1.AddContainerRequest
-	12, // 13: tatami.v1.Node.NodeStats:input_type -> tatami.v1.NodeStatsRequest
-	20, // 14: tatami.v1.Node.Status:input_type -> tatami.v1.StatusRequest
-	14, // 15: tatami.v1.Node.Remove:input_type -> tatami.v1.RemoveRequest
-	16, // 16: tatami.v1.Node.Pin:input_type -> tatami.v1.PinRequest
-	18, // 17: tatami.v1.Node.Unpin:input_type -> tatami.v1.UnpinRequest
-	1,  // 18: tatami.v1.Host.Describe:output_type -> tatami.v1.DescribeResponse
-	3,  // 19: tatami.v1.Node.Prepare:output_type -> tatami.v1.PrepareResponse
-	5,  // 20: tatami.v1.Node.Progress:output_type -> tatami.v1.ProgressResponse
-	7,  // 21: tatami.v1.Node.Attach:output_type -> tatami.v1.AttachResponse
-	9,  // 22: tatami.v1.Node.Detach:output_type -> tatami.v1.DetachResponse
-	11, // 23: tatami.v1.Node.AddContainer:output_type -> tatami.v1.AddContainerResponse
-	13, // 24: tatami.v1.Node.NodeStats:output_type -> tatami.v1.NodeStatsResponse
-	21, // 25: tatami.v1.Node.Status:output_type -> tatami.v1.StatusResponse
-	15, // 26: tatami.v1.Node.Remove:output_type -> tatami.v1.RemoveResponse
-	17, // 27: tatami.v1.Node.Pin:output_type -> tatami.v1.PinResponse
-	19, // 28: tatami.v1.Node.Unpin:output_type -> tatami.v1.UnpinResponse
-	18, // [18:29] is the sub-list for method output_type
-	7,  // [7:18] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	48, // 0: tatami.v1.DescribeResponse.profile:type_name -> tatami.v1.Range
+	48, // 1: tatami.v1.RecordStartRequest.ranges:type_name -> tatami.v1.Range
+	49, // 2: tatami.v1.PrepareResponse.phases:type_name -> tatami.v1.Phase
+	50, // 3: tatami.v1.NodeStatsResponse.store:type_name -> tatami.v1.StatsResponse
+	31, // 4: tatami.v1.StatusResponse.snapshotters:type_name -> tatami.v1.SnapshotterStatus
+	33, // 5: tatami.v1.StatusResponse.sandboxes:type_name -> tatami.v1.SandboxStatus
+	30, // 6: tatami.v1.StatusResponse.store:type_name -> tatami.v1.StoreStatus
+	26, // 7: tatami.v1.StatusResponse.schedule:type_name -> tatami.v1.ScheduleStatus
+	27, // 8: tatami.v1.ScheduleStatus.classes:type_name -> tatami.v1.ClassStatus
+	28, // 9: tatami.v1.ScheduleStatus.queues:type_name -> tatami.v1.QueueStatus
+	29, // 10: tatami.v1.QueueStatus.classes:type_name -> tatami.v1.QueueClassStatus
+	32, // 11: tatami.v1.SnapshotterStatus.snapshots:type_name -> tatami.v1.SnapshotStatus
+	34, // 12: tatami.v1.SandboxStatus.containers:type_name -> tatami.v1.ContainerStatus
+	37, // 13: tatami.v1.ListProfilesResponse.profiles:type_name -> tatami.v1.Profile
+	0,  // 14: tatami.v1.Host.Describe:input_type -> tatami.v1.DescribeRequest
+	2,  // 15: tatami.v1.Host.RecordStart:input_type -> tatami.v1.RecordStartRequest
+	4,  // 16: tatami.v1.Host.AwaitReady:input_type -> tatami.v1.AwaitReadyRequest
+	6,  // 17: tatami.v1.Node.Prepare:input_type -> tatami.v1.PrepareRequest
+	8,  // 18: tatami.v1.Node.Progress:input_type -> tatami.v1.ProgressRequest
+	10, // 19: tatami.v1.Node.Attach:input_type -> tatami.v1.AttachRequest
+	12, // 20: tatami.v1.Node.Detach:input_type -> tatami.v1.DetachRequest
+	14, // 21: tatami.v1.Node.AddContainer:input_type -> tatami.v1.AddContainerRequest
+	16, // 22: tatami.v1.Node.NodeStats:input_type -> tatami.v1.NodeStatsRequest
+	24, // 23: tatami.v1.Node.Status:input_type -> tatami.v1.StatusRequest
+	18, // 24: tatami.v1.Node.Remove:input_type -> tatami.v1.RemoveRequest
+	20, // 25: tatami.v1.Node.Pin:input_type -> tatami.v1.PinRequest
+	22, // 26: tatami.v1.Node.Unpin:input_type -> tatami.v1.UnpinRequest
+	35, // 27: tatami.v1.Node.ListProfiles:input_type -> tatami.v1.ListProfilesRequest
+	38, // 28: tatami.v1.Node.ExportProfile:input_type -> tatami.v1.ExportProfileRequest
+	40, // 29: tatami.v1.Node.ImportProfile:input_type -> tatami.v1.ImportProfileRequest
+	42, // 30: tatami.v1.Node.PushProfile:input_type -> tatami.v1.PushProfileRequest
+	44, // 31: tatami.v1.Node.RemoveProfile:input_type -> tatami.v1.RemoveProfileRequest
+	46, // 32: tatami.v1.Node.EndRecording:input_type -> tatami.v1.EndRecordingRequest
+	1,  // 33: tatami.v1.Host.Describe:output_type -> tatami.v1.DescribeResponse
+	3,  // 34: tatami.v1.Host.RecordStart:output_type -> tatami.v1.RecordStartResponse
+	5,  // 35: tatami.v1.Host.AwaitReady:output_type -> tatami.v1.AwaitReadyResponse
+	7,  // 36: tatami.v1.Node.Prepare:output_type -> tatami.v1.PrepareResponse
+	9,  // 37: tatami.v1.Node.Progress:output_type -> tatami.v1.ProgressResponse
+	11, // 38: tatami.v1.Node.Attach:output_type -> tatami.v1.AttachResponse
+	13, // 39: tatami.v1.Node.Detach:output_type -> tatami.v1.DetachResponse
+	15, // 40: tatami.v1.Node.AddContainer:output_type -> tatami.v1.AddContainerResponse
+	17, // 41: tatami.v1.Node.NodeStats:output_type -> tatami.v1.NodeStatsResponse
+	25, // 42: tatami.v1.Node.Status:output_type -> tatami.v1.StatusResponse
+	19, // 43: tatami.v1.Node.Remove:output_type -> tatami.v1.RemoveResponse
+	21, // 44: tatami.v1.Node.Pin:output_type -> tatami.v1.PinResponse
+	23, // 45: tatami.v1.Node.Unpin:output_type -> tatami.v1.UnpinResponse
+	36, // 46: tatami.v1.Node.ListProfiles:output_type -> tatami.v1.ListProfilesResponse
+	39, // 47: tatami.v1.Node.ExportProfile:output_type -> tatami.v1.ExportProfileResponse
+	41, // 48: tatami.v1.Node.ImportProfile:output_type -> tatami.v1.ImportProfileResponse
+	43, // 49: tatami.v1.Node.PushProfile:output_type -> tatami.v1.PushProfileResponse
+	45, // 50: tatami.v1.Node.RemoveProfile:output_type -> tatami.v1.RemoveProfileResponse
+	47, // 51: tatami.v1.Node.EndRecording:output_type -> tatami.v1.EndRecordingResponse
+	33, // [33:52] is the sub-list for method output_type
+	14, // [14:33] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_v1_host_proto_init() }
@@ -1808,7 +3280,7 @@ func file_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_v1_host_proto_rawDesc), len(file_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   48,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

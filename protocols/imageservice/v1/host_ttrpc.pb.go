@@ -9,6 +9,8 @@ import (
 
 type HostService interface {
 	Describe(context.Context, *DescribeRequest) (*DescribeResponse, error)
+	RecordStart(context.Context, *RecordStartRequest) (*RecordStartResponse, error)
+	AwaitReady(context.Context, *AwaitReadyRequest) (*AwaitReadyResponse, error)
 }
 
 func RegisterHostService(srv *ttrpc.Server, svc HostService) {
@@ -20,6 +22,20 @@ func RegisterHostService(srv *ttrpc.Server, svc HostService) {
 					return nil, err
 				}
 				return svc.Describe(ctx, &req)
+			},
+			"RecordStart": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req RecordStartRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.RecordStart(ctx, &req)
+			},
+			"AwaitReady": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req AwaitReadyRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.AwaitReady(ctx, &req)
 			},
 		},
 	})
@@ -43,6 +59,22 @@ func (c *hostClient) Describe(ctx context.Context, req *DescribeRequest) (*Descr
 	return &resp, nil
 }
 
+func (c *hostClient) RecordStart(ctx context.Context, req *RecordStartRequest) (*RecordStartResponse, error) {
+	var resp RecordStartResponse
+	if err := c.client.Call(ctx, "tatami.v1.Host", "RecordStart", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *hostClient) AwaitReady(ctx context.Context, req *AwaitReadyRequest) (*AwaitReadyResponse, error) {
+	var resp AwaitReadyResponse
+	if err := c.client.Call(ctx, "tatami.v1.Host", "AwaitReady", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
 type NodeService interface {
 	Prepare(context.Context, *PrepareRequest) (*PrepareResponse, error)
 	Progress(context.Context, *ProgressRequest) (*ProgressResponse, error)
@@ -54,6 +86,12 @@ type NodeService interface {
 	Remove(context.Context, *RemoveRequest) (*RemoveResponse, error)
 	Pin(context.Context, *PinRequest) (*PinResponse, error)
 	Unpin(context.Context, *UnpinRequest) (*UnpinResponse, error)
+	ListProfiles(context.Context, *ListProfilesRequest) (*ListProfilesResponse, error)
+	ExportProfile(context.Context, *ExportProfileRequest) (*ExportProfileResponse, error)
+	ImportProfile(context.Context, *ImportProfileRequest) (*ImportProfileResponse, error)
+	PushProfile(context.Context, *PushProfileRequest) (*PushProfileResponse, error)
+	RemoveProfile(context.Context, *RemoveProfileRequest) (*RemoveProfileResponse, error)
+	EndRecording(context.Context, *EndRecordingRequest) (*EndRecordingResponse, error)
 }
 
 func RegisterNodeService(srv *ttrpc.Server, svc NodeService) {
@@ -128,6 +166,48 @@ func RegisterNodeService(srv *ttrpc.Server, svc NodeService) {
 					return nil, err
 				}
 				return svc.Unpin(ctx, &req)
+			},
+			"ListProfiles": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ListProfilesRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ListProfiles(ctx, &req)
+			},
+			"ExportProfile": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ExportProfileRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ExportProfile(ctx, &req)
+			},
+			"ImportProfile": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ImportProfileRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ImportProfile(ctx, &req)
+			},
+			"PushProfile": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req PushProfileRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.PushProfile(ctx, &req)
+			},
+			"RemoveProfile": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req RemoveProfileRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.RemoveProfile(ctx, &req)
+			},
+			"EndRecording": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req EndRecordingRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.EndRecording(ctx, &req)
 			},
 		},
 	})
@@ -218,6 +298,54 @@ func (c *nodeClient) Pin(ctx context.Context, req *PinRequest) (*PinResponse, er
 func (c *nodeClient) Unpin(ctx context.Context, req *UnpinRequest) (*UnpinResponse, error) {
 	var resp UnpinResponse
 	if err := c.client.Call(ctx, "tatami.v1.Node", "Unpin", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *nodeClient) ListProfiles(ctx context.Context, req *ListProfilesRequest) (*ListProfilesResponse, error) {
+	var resp ListProfilesResponse
+	if err := c.client.Call(ctx, "tatami.v1.Node", "ListProfiles", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *nodeClient) ExportProfile(ctx context.Context, req *ExportProfileRequest) (*ExportProfileResponse, error) {
+	var resp ExportProfileResponse
+	if err := c.client.Call(ctx, "tatami.v1.Node", "ExportProfile", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *nodeClient) ImportProfile(ctx context.Context, req *ImportProfileRequest) (*ImportProfileResponse, error) {
+	var resp ImportProfileResponse
+	if err := c.client.Call(ctx, "tatami.v1.Node", "ImportProfile", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *nodeClient) PushProfile(ctx context.Context, req *PushProfileRequest) (*PushProfileResponse, error) {
+	var resp PushProfileResponse
+	if err := c.client.Call(ctx, "tatami.v1.Node", "PushProfile", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *nodeClient) RemoveProfile(ctx context.Context, req *RemoveProfileRequest) (*RemoveProfileResponse, error) {
+	var resp RemoveProfileResponse
+	if err := c.client.Call(ctx, "tatami.v1.Node", "RemoveProfile", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *nodeClient) EndRecording(ctx context.Context, req *EndRecordingRequest) (*EndRecordingResponse, error) {
+	var resp EndRecordingResponse
+	if err := c.client.Call(ctx, "tatami.v1.Node", "EndRecording", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

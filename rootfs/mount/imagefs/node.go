@@ -20,6 +20,14 @@ type File interface {
 	Size() int64
 }
 
+// Ready is a File of which bytes may be at hand.
+type Ready interface {
+	File
+	// ReadNow fills p with the bytes from off on, which lie within Size, if that needs
+	// no waiting, not even for a disk. Otherwise it returns false, and p is undefined.
+	ReadNow(p []byte, off int64) bool
+}
+
 // firstNode is the smallest id of a file: the root directory has 1.
 const firstNode = fuse.FUSE_ROOT_ID + 1
 
@@ -42,6 +50,7 @@ type Node struct {
 
 type node struct {
 	Node
+	ready   Ready // File, if it is one; else nil
 	size    int64
 	sealed  atomic.Bool
 	aborted atomic.Bool // reads fail at once
@@ -54,6 +63,7 @@ func (s *Server) Add(n Node) error {
 		return fmt.Errorf("add file %q with node id %d: %w", n.Name, n.ID, errdefs.ErrInvalidArgument)
 	}
 	v := &node{Node: n, size: n.File.Size()}
+	v.ready, _ = n.File.(Ready)
 	v.sealed.Store(n.Sealed)
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -3,7 +3,6 @@ package imagefs
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"slices"
 	"syscall"
@@ -76,6 +75,9 @@ func parseRequest(msg []byte) (request, error) {
 
 // target is the unique of the request that an INTERRUPT is about.
 func (r request) target() uint64 { return binary.NativeEndian.Uint64(r.msg[inHeaderSize:]) }
+
+// offset is where a READ begins: fuse_read_in has a file handle before it.
+func (r request) offset() int64 { return int64(binary.NativeEndian.Uint64(r.msg[inHeaderSize+8:])) }
 
 func (r request) clone() request {
 	r.msg = slices.Clone(r.msg)
@@ -186,10 +188,7 @@ func (s *Server) send(serving context.Context, r request, n int, head, payload [
 	if serving.Err() != nil && replyError(head) != 0 {
 		return
 	}
-	err := s.link.Reply(r.unique, head, payload[:min(n-len(head), len(payload))])
-	if err != nil && !errors.Is(err, syscall.ENODEV) {
-		s.log.Debug("reply not taken", "opcode", r.opcode, "err", err)
-	}
+	s.reply(r, head, payload[:min(n-len(head), len(payload))])
 }
 
 func replyError(reply []byte) int32 { return int32(binary.NativeEndian.Uint32(reply[4:])) }

@@ -122,12 +122,12 @@ func (s *Server) Serve(ctx context.Context) error {
 }
 
 func (s *Server) receive(ctx context.Context) error {
-	buf := make([]byte, requestSize)
+	buf, now := make([]byte, requestSize), newNow(s)
 	for {
 		n, err := s.link.Receive(buf)
 		switch {
 		case err == nil:
-			s.dispatch(ctx, buf[:n])
+			s.dispatch(ctx, buf[:n], now)
 		case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() != nil:
 			return nil
 		default:
@@ -136,12 +136,15 @@ func (s *Server) receive(ctx context.Context) error {
 	}
 }
 
-// dispatch answers on the spot what needs no waiting; reads and releases run
-// beside. Reading goes on at any load, so an interrupt is always seen.
-func (s *Server) dispatch(ctx context.Context, msg []byte) {
+// dispatch answers on the spot what needs no waiting; releases, and reads that may wait,
+// run beside. Receiving goes on at any load, so an interrupt is always seen.
+func (s *Server) dispatch(ctx context.Context, msg []byte, now *now) {
 	r, err := parseRequest(msg)
 	if err != nil {
 		s.log.Warn("unreadable FUSE request dropped", "err", err)
+		return
+	}
+	if now.answer(r) {
 		return
 	}
 	switch r.opcode {

@@ -358,7 +358,7 @@ func FuzzRequests(f *testing.F) {
 		if len(b) > requestSize {
 			return
 		}
-		s.dispatch(t.Context(), b)
+		s.dispatch(t.Context(), b, newNow(s))
 		s.handlers.Wait()
 		for len(k.replies) > 0 {
 			<-k.replies

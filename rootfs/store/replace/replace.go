@@ -81,7 +81,8 @@ func (c *Clock) Evict(e *Extent) {
 // Candidate is an extent that may go, by whatever name the caller has for it.
 type Candidate[K any] struct {
 	Extent
-	Key K
+	Key  K
+	Open bool // somebody is about to read it: it goes after the others of its level
 }
 
 // Pick chooses what goes of all so that need bytes become free, or as much as there
@@ -91,7 +92,7 @@ type Candidate[K any] struct {
 func Pick[K any](all []Candidate[K], capacity, elsewhere, need int64) []Candidate[K] {
 	demote(all, capacity/100*ProtectedShare-elsewhere)
 	slices.SortStableFunc(all, func(a, b Candidate[K]) int {
-		return cmp.Or(cmp.Compare(a.Level, b.Level), cmp.Compare(a.Last, b.Last))
+		return cmp.Or(cmp.Compare(a.Level, b.Level), later(a.Open, b.Open), cmp.Compare(a.Last, b.Last))
 	})
 	n := 0
 	for ; n < len(all) && need > 0; n++ {
@@ -111,4 +112,15 @@ func demote[K any](all []Candidate[K], room int64) {
 			}
 		}
 	}
+}
+
+// later is how what is open compares with what is not.
+func later(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return 1
+	}
+	return -1
 }

@@ -5,7 +5,6 @@
 package main
 
 import (
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -13,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/tatami-containers/tatami/tests/chart"
 	"github.com/tatami-containers/tatami/tests/fleet"
 )
 
@@ -24,8 +24,8 @@ func main() {
 	if *out == "" {
 		return
 	}
-	for name, c := range map[string]fleet.Chart{"published.svg": fleet.Published(), "times.svg": fleet.Times(), "bytes.svg": fleet.Bytes()} {
-		if err := draw(filepath.Join(*out, name), c); err != nil {
+	for name, c := range map[string]chart.Chart{"published.svg": fleet.Published(), "times.svg": fleet.Times(), "bytes.svg": fleet.Bytes()} {
+		if err := c.WriteFile(filepath.Join(*out, name)); err != nil {
 			log.Fatal("fleet: ", err)
 		}
 	}
@@ -41,13 +41,4 @@ func table(w io.Writer) {
 			fmt.Fprintf(w, "| %s | %d | %.0f s | %.0f s | %.4g GB | %.0f s |\n", way.Name, n, r.Median(), r.All(), r.Sent/1e9, r.Busy)
 		}
 	}
-}
-
-func draw(file string, c fleet.Chart) (err error) {
-	f, err := os.Create(file)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	return c.WriteSVG(f)
 }

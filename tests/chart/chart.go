@@ -1,21 +1,26 @@
-package fleet
+// Package chart draws curves as SVG, with the standard library only.
+package chart
 
 import (
+	"errors"
 	"fmt"
 	"html"
 	"io"
 	"math"
+	"os"
 	"strconv"
 	"strings"
 )
 
-// Chart is a drawing of curves in a plane with logarithmic axes.
+// Chart is a drawing of curves in a plane. Its axes are logarithmic where they are not
+// said to be linear.
 type Chart struct {
-	Title, X, Y string
-	Lines       []Line
+	Title, X, Y      string
+	LinearX, LinearY bool
+	Lines            []Line
 }
 
-// Line is one curve. Its points are positive.
+// Line is one curve. Its points are positive where an axis is logarithmic.
 type Line struct {
 	Name   string
 	Points [][2]float64 // x and y
@@ -34,18 +39,45 @@ const (
 	chartWidth, chartHeight = legendAt + 250, planeTop + planeHeight + 60
 )
 
-// axis maps values to pixels: from low to high, logarithmic.
+// axis maps values to pixels, from low to high.
 type axis struct {
+	linear     bool
 	low, high  float64
 	zero, size float64 // pixels; size is negative where they go up
 }
 
 func (a axis) at(v float64) float64 {
+	if a.linear {
+		return a.zero + a.size*(v-a.low)/(a.high-a.low)
+	}
 	return a.zero + a.size*math.Log(v/a.low)/math.Log(a.high/a.low)
 }
 
-// ticks are 1, 2 and 5 times powers of ten; without 2 and 5 where there would be too many.
-func (a axis) ticks() (all []float64) {
+// ticks are at round values.
+func (a axis) ticks() []float64 {
+	if a.linear {
+		return a.even()
+	}
+	return a.powers()
+}
+
+// even are multiples of 1, 2 or 5 times a power of ten, five to ten of them.
+func (a axis) even() (all []float64) {
+	step := math.Pow(10, math.Floor(math.Log10((a.high-a.low)/5)))
+	for _, n := range []float64{5, 2} {
+		if (a.high-a.low)/(n*step) >= 5 {
+			step *= n
+			break
+		}
+	}
+	for i := math.Ceil(a.low / step); i*step <= a.high; i++ {
+		all = append(all, i*step)
+	}
+	return all
+}
+
+// powers are 1, 2 and 5 times powers of ten; without 2 and 5 where there would be too many.
+func (a axis) powers() (all []float64) {
 	steps := []float64{1, 2, 5}
 	if a.high/a.low > 300 {
 		steps = steps[:1]
@@ -62,18 +94,26 @@ func (a axis) ticks() (all []float64) {
 
 // axes that all points are within.
 func (c Chart) axes() (x, y axis) {
-	x = axis{low: math.Inf(1), zero: planeLeft, size: planeWidth}
-	y = axis{low: math.Inf(1), zero: planeTop + planeHeight, size: -planeHeight}
+	x = axis{linear: c.LinearX, low: math.Inf(1), high: math.Inf(-1), zero: planeLeft, size: planeWidth}
+	y = axis{linear: c.LinearY, low: math.Inf(1), high: math.Inf(-1), zero: planeTop + planeHeight, size: -planeHeight}
 	for _, l := range c.Lines {
 		for _, p := range l.Points {
 			x.low, x.high = min(x.low, p[0]), max(x.high, p[0])
 			y.low, y.high = min(y.low, p[1]), max(y.high, p[1])
 		}
 	}
-	for _, a := range []*axis{&x, &y} { // some room around the points
-		a.low, a.high = a.low/1.2, a.high*1.2
-	}
+	x.widen()
+	y.widen()
 	return x, y
+}
+
+// widen makes some room around the points; a linear axis begins at zero.
+func (a *axis) widen() {
+	if a.linear {
+		a.low, a.high = min(a.low, 0), max(a.high*1.05, 1e-9)
+		return
+	}
+	a.low, a.high = a.low/1.2, a.high*1.2
 }
 
 // WriteSVG draws it.
@@ -93,6 +133,16 @@ func (c Chart) WriteSVG(w io.Writer) error {
 	b.WriteString("</svg>\n")
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// WriteFile draws it in a file.
+func (c Chart) WriteFile(file string) (err error) {
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	return c.WriteSVG(f)
 }
 
 // svg is a drawing.
@@ -153,4 +203,4 @@ func (b *svg) draw(l Line, at [][2]float64) {
 }
 
 // label writes 10000 as it is and 0.5 as well.
-func label(v float64) string { return strconv.FormatFloat(v, 'f', -1, 64) }
+func label(v float64) string { return strconv.FormatFloat(v, 'f', -1, 32) }
