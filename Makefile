@@ -16,7 +16,7 @@ GOFLAGS_STATIC := -trimpath -ldflags '-s -w'
 PROTOS := cdh/cdh.proto v1/guest.proto v1/runner.proto v1/host.proto
 FUZZTIME ?= 10s
 
-.PHONY: help build setup run test check vet lint generate check-generate fuzz bench bench-formats bench-virtiofs bench-scale bench-fleet image-torch nydus virtiofsd clean
+.PHONY: help build setup run test check vet lint generate check-generate fuzz bench bench-formats bench-virtiofs bench-scale bench-isolation bench-fleet image-torch nydus virtiofsd clean
 
 help:
 	@echo 'make run        a container in a real VM from an image that is not there yet,'
@@ -27,6 +27,7 @@ help:
 	@echo 'make bench-formats  those of every image format on an image of 1.8 GB'
 	@echo 'make bench-virtiofs  virtio-fs against the relay, full pulls and other devices'
 	@echo 'make bench-scale  fifty sandboxes of one image at a time, against one and against full pulls'
+	@echo 'make bench-isolation  online and batch on one node, with charts in .cache/isolation'
 	@echo 'make bench-fleet  a model of 1,000 to 10,000 nodes, with charts in .cache/fleet'
 	@echo 'make check      what needs no privileges: build, vet, lint, generated code'
 	@echo 'make fuzz       every fuzz target for FUZZTIME (10s)'
@@ -90,6 +91,14 @@ bench-scale: setup
 	@mkdir -p $(CACHE)
 	@go test -run '^$$' -bench Sandboxes -benchtime 1x -timeout 30m ./tests/scale >$(CACHE)/scale.log 2>&1 || { cat $(CACHE)/scale.log; exit 1; }
 	@grep '^|' $(CACHE)/scale.log
+
+# EXPERIMENT is a regular expression: E1, Profile, ...
+EXPERIMENT ?= .*
+bench-isolation: setup
+	@mkdir -p $(CACHE)/isolation
+	@TATAMI_ISOLATION_OUT=$(CACHE)/isolation go test -run '^$$' -bench 'Isolation/^($(EXPERIMENT))$$' -benchtime 1x -timeout 60m ./tests/isolation \
+		>$(CACHE)/isolation/log 2>&1 || { cat $(CACHE)/isolation/log; exit 1; }
+	@cat $(CACHE)/isolation/results.md
 
 bench-fleet:
 	@mkdir -p $(CACHE)/fleet

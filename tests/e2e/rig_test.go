@@ -72,6 +72,8 @@ type report struct {
 		Sources        map[string]int64 `json:"source_bytes"`
 		Requests       map[string]int64 `json:"source_requests"`
 		Resident       int64            `json:"resident_bytes"`
+		Misses         int64            `json:"misses"`
+		Replayed       int64            `json:"replayed_bytes"`
 	} `json:"guest"`
 }
 
