@@ -97,7 +97,8 @@ type host struct {
 func startHost(t *testing.T, settings string, prefix ...string) *host {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "host.toml")
-	check(t, os.WriteFile(file, []byte("version = 1\n"+settings), 0o600))
+	const lazy = "\n[classes.online]\nfill = \"none\"\n" // or nothing is missing when faults begin
+	check(t, os.WriteFile(file, []byte("version = 1\n"+settings+lazy), 0o600))
 	p := run(t, "tatami-host", prefix, nil, "--config", file, "--root", "DIR/root", "--state", "DIR/state", "--socket", "DIR/socket", "--images-socket", "DIR/images")
 	return &host{p, api.NewNodeClient(p.dial("socket"))}
 }

@@ -194,5 +194,4 @@ func TestReadEverything(t *testing.T) {
 			}
 		})
 	}
-	s.once(t, "tree")
 }

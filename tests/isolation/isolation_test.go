@@ -2,7 +2,6 @@ package isolation
 
 import (
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -56,39 +55,6 @@ func TestNothingTwice(t *testing.T) {
 				if sent, _ := s.sent(name); sent > s.size(name)*3/2 {
 					t.Errorf("%d bytes of %s were sent, it has %d", sent, name, s.size(name))
 				}
-			}
-		})
-	}
-}
-
-// While both classes want the link, online gets most of it and batch goes on; without
-// the schedule three batch sandboxes get more than one online one.
-func TestShares(t *testing.T) {
-	need(t)
-	const rate = 4e6 // bytes a second
-	for _, a := range []arm{unprotected, protected} {
-		t.Run(a.name, func(t *testing.T) {
-			s := newSite(t, link.Shape{Rate: rate})
-			on, big := ofSize("on", 4<<20, 1<<20), ofSize("big", 16<<20, 1<<20)
-			s.push("online", on.layers(t, "on", lazy)...)
-			s.push("batch", big.layers(t, "big", lazy)...)
-			a.settings = strings.Replace(a.settings, "[schedule]\n", "", 1)
-			a.settings = "[schedule]\nlink = \"32mbit\"\n" + a.settings
-			n := newNode(t, a, s, noFill)
-			s.limit(true)
-			online := n.newSandbox(t, "online")
-			check(t, online.pull(t.Context(), s.ref("online")))
-			end := n.newStorm(t, "batch", 3, s.ref("batch"), big.names()).begin()
-			s.await(t, "batch", 4<<20)
-			before, _ := s.sent("batch")
-			online.mustRead(t, on.names())
-			after, _ := s.sent("batch")
-			_, err := end()
-			check(t, err)
-			got, mine := after-before, on.total()
-			t.Logf("while online got %s, batch got %s", megabytes(mine), megabytes(got))
-			if a.name == protected.name && (got == 0 || got > mine/2) || a.name == unprotected.name && got < mine {
-				t.Errorf("while online got %d bytes, batch got %d", mine, got)
 			}
 		})
 	}
